@@ -1,0 +1,154 @@
+// SPDX-License-Identifier: Apache-2.0
+// The C entry points: checks, the instruction set chosen at run time, threads borrowed from the caller.
+#include <stdio.h>
+#include <string.h>
+
+#include "attention.h"
+
+#define TSK_DECLARE(isa)        \
+  namespace tsk::isa {          \
+  extern const Kernels kernels; \
+  }
+#ifdef TSK_HAVE_AVX512BF16
+TSK_DECLARE(avx512bf16)
+#endif
+#ifdef TSK_HAVE_AVX512
+TSK_DECLARE(avx512)
+#endif
+#ifdef TSK_HAVE_AVX2
+TSK_DECLARE(avx2)
+#endif
+TSK_DECLARE(baseline)
+
+namespace tsk {
+namespace {
+
+thread_local char last_error[256] = "";
+
+template <class... Args>
+int32_t fail(int32_t status, const char* format, Args... args) {
+  snprintf(last_error, sizeof last_error, format, args...);
+  return status;
+}
+
+// --- instruction sets ---------------------------------------------------------------------------------------------------
+
+constexpr int kMaxIsas = 4;
+struct Isas {
+  const Kernels* usable[kMaxIsas];  // best first
+  int count = 0;
+  char names[64] = "";
+
+  void add(const Kernels& k) {
+    usable[count++] = &k;
+    if (names[0]) strcat(names, " ");
+    strcat(names, k.name);
+  }
+
+  Isas() {
+#ifdef TSK_HAVE_AVX2
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+#ifdef TSK_HAVE_AVX512
+    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+#ifdef TSK_HAVE_AVX512BF16
+    if (avx512 && __builtin_cpu_supports("avx512bf16")) add(avx512bf16::kernels);
+#endif
+    if (avx512) add(avx512::kernels);
+#endif
+    if (avx2) add(avx2::kernels);
+#endif
+    add(baseline::kernels);
+  }
+};
+
+const Isas& isas() {
+  static const Isas all;
+  return all;
+}
+const Kernels* current = isas().usable[0];
+
+// --- threads ------------------------------------------------------------------------------------------------------------
+
+using Body = void (*)(int64_t begin, int64_t end, void* context);
+using ParallelFor = int32_t (*)(int64_t begin, int64_t end, int64_t grain, Body, void* context);
+ParallelFor parallel_for = nullptr;
+
+struct Phase {
+  const Job* job;
+  void (*body)(const Job&, int64_t worker);
+};
+
+void run_range(int64_t begin, int64_t end, void* context) {
+  const auto* phase = static_cast<const Phase*>(context);
+  for (int64_t worker = begin; worker < end; ++worker) phase->body(*phase->job, worker);
+}
+
+void parallel(const Job& job, void (*body)(const Job&, int64_t)) {
+  Phase phase{&job, body};
+  if (job.workers == 1 || !parallel_for || parallel_for(0, job.workers, 1, run_range, &phase) != 0)
+    run_range(0, job.workers, &phase);
+}
+
+// --- checks -------------------------------------------------------------------------------------------------------------
+
+int64_t product(const TskAxis* axes) {
+  int64_t n = 1;
+  for (int i = 0; i < TSK_MAX_AXES; ++i) n *= axes[i].size;
+  return n;
+}
+
+int32_t prepare(const TskAttention* a, Job* job) {
+  if (a->dtype < TSK_F32 || a->dtype > TSK_F64) return fail(TSK_INVALID, "dtype code %d is unknown", int(a->dtype));
+  if (a->cls < TSK_CLS_NONE || a->cls > TSK_CLS_GLOBAL) return fail(TSK_INVALID, "cls code %d is unknown", int(a->cls));
+  for (int i = 0; i < TSK_MAX_AXES; ++i)
+    if (a->groups[i].size < 0 || a->sequence[i].size < 0) return fail(TSK_INVALID, "a view has a negative size");
+  if (a->batch < 0 || a->heads < 0 || a->head_dim < 1 || a->max_threads < 1)
+    return fail(TSK_INVALID, "sizes are out of range: batch %lld, heads %lld, head_dim %lld, max_threads %lld",
+                (long long)a->batch, (long long)a->heads, (long long)a->head_dim, (long long)a->max_threads);
+  job->a = a;
+  job->G = product(a->groups);
+  job->L = product(a->sequence);
+  if (job->G * job->L + (a->cls != TSK_CLS_NONE) != a->tokens)
+    return fail(TSK_INVALID, "a view of %lld x %lld patches does not fit %lld tokens", (long long)job->G, (long long)job->L,
+                (long long)a->tokens);
+  job->cls_key = a->cls >= TSK_CLS_PER_GROUP;
+  // Below some 100 microseconds of work a second thread costs more than it brings.
+  const double work = double(a->batch) * job->G * a->heads * (job->L + 1) * (job->L + 8) * a->head_dim;
+  const int64_t worth = work < 1e6 ? 1 : int64_t(work / 5e5 < 1e6 ? work / 5e5 : 1e6);
+  job->workers = worth < a->max_threads ? worth : a->max_threads;
+  job->parallel = parallel;
+  return TSK_OK;
+}
+
+int32_t run(const TskAttention* a, bool backward) {
+  Job job;
+  if (int32_t status = prepare(a, &job)) return status;
+  if (a->batch == 0 || a->heads == 0 || a->tokens == 0) return TSK_OK;
+  (backward ? current->backward : current->forward)(job);
+  return TSK_OK;
+}
+
+}  // namespace
+}  // namespace tsk
+
+TSK_API int32_t tsk_abi_version() { return TSK_ABI_VERSION; }
+TSK_API int64_t tsk_attention_size() { return sizeof(TskAttention); }
+TSK_API const char* tsk_last_error() { return tsk::last_error; }
+TSK_API void tsk_set_parallel_for(void* fn) { tsk::parallel_for = reinterpret_cast<tsk::ParallelFor>(fn); }
+TSK_API const char* tsk_isa() { return tsk::current->name; }
+TSK_API const char* tsk_isas() { return tsk::isas().names; }
+
+TSK_API int32_t tsk_force_isa(const char* name) {
+  for (int i = 0; i < tsk::isas().count; ++i)
+    if (strcmp(tsk::isas().usable[i]->name, name) == 0) return tsk::current = tsk::isas().usable[i], TSK_OK;
+  return tsk::fail(TSK_INVALID, "instruction set %s is not one of: %s", name, tsk::isas().names);
+}
+
+TSK_API int64_t tsk_attn_workspace(const TskAttention* a, int32_t backward) {
+  tsk::Job job;
+  if (int32_t status = tsk::prepare(a, &job)) return status;
+  return tsk::current->workspace(job, backward);
+}
+TSK_API int32_t tsk_attn_fwd(const TskAttention* a) { return tsk::run(a, false); }
+TSK_API int32_t tsk_attn_bwd(const TskAttention* a) { return tsk::run(a, true); }

@@ -1,0 +1,8 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Backends in the order in which `auto` tries them. They never import one another."""
+
+from ..registry import register
+from . import cpp, reference
+
+for _module in (cpp, reference):
+    register(_module.BACKEND)

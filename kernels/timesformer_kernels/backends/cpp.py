@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""C++ kernels on the CPU (csrc/cpu): strided operands in place, output in the model's layout, deterministic."""
+
+from __future__ import annotations
+
+import torch
+
+from .. import native
+from ..registry import Backend
+
+
+def forward(q, k, v, view, scale, cls_weights):
+    out = q.new_empty(q.shape)
+    native.attention(q, k, v, out, view, scale, _dense(cls_weights))
+    return out
+
+
+def backward(dout, q, k, v, view, scale, cls_weights):
+    if dout.stride(3) != 1 and dout.shape[3] > 1:  # y.sum().backward() hands in an expanded scalar
+        dout = dout.contiguous()
+    grads = [q.new_empty(q.shape) for _ in range(3)]
+    native.attention(q, k, v, None, view, scale, _dense(cls_weights), (dout, *grads))
+    return tuple(grads)
+
+
+def _dense(cls_weights):
+    return None if cls_weights is None else cls_weights.contiguous()
+
+
+def why_not(device_type: str, dtype: torch.dtype, head_dim: int) -> str | None:
+    if device_type != "cpu":
+        return f"its kernels run on cpu, not on {device_type}"
+    if dtype not in native.DTYPE_CODES:
+        return f"no kernel for {dtype}"
+    return native.library()[1]
+
+
+BACKEND = Backend("cpp", forward, backward, why_not)

@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What this installation can run, and why the rest cannot: `python -m timesformer_kernels.info [--json]`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+from . import __version__, native, registry
+
+HEAD_DIM = 64  # that of every published TimeSformer
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+PREFIX = "TIMESFORMER_KERNELS_"
+
+
+def _version(distribution: str) -> str | None:
+    """Installed version without importing the package; None when it is not installed."""
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _libraries() -> dict:
+    """Per native library: whether it can be called, else why not, and what the build recorded."""
+    build = native.build_info()
+    loaded, reason = native.library()
+    cuda = build.get("_cuda", {}).get("status", "no build record; reinstall the package")
+    return {
+        "_cpu": {"ok": loaded is not None, "reason": reason, "build": build.get("_cpu")},
+        "_cuda": {"ok": False, "reason": cuda, "build": build.get("_cuda")},
+    }
+
+
+def _gpus() -> list[dict]:
+    properties = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    return [{"name": p.name, "capability": f"{p.major}.{p.minor}", "memory_bytes": p.total_memory} for p in properties]
+
+
+def _backends(device_type: str) -> dict:
+    """{dtype: {backend: None if it can run at head_dim 64, else the reason}}."""
+    return {
+        str(dtype).removeprefix("torch."): {
+            name: registry.get(name).why_not(device_type, dtype, HEAD_DIM) for name in registry.available_backends()
+        }
+        for dtype in DTYPES
+    }
+
+
+def report() -> dict:
+    """Everything the command prints, as JSON-ready values; absent things are None."""
+    gpus = _gpus() if torch.cuda.is_available() else []
+    libraries = _libraries()
+    usable = libraries["_cpu"]["ok"]
+    return {
+        "version": __version__,
+        "location": str(Path(__file__).parent),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "cuda": {"torch_built_for": torch.version.cuda, "available": torch.cuda.is_available(), "gpus": gpus},
+        "cpu": {
+            "isa": native.isa() if usable else None,
+            "usable_isas": list(native.isas()) if usable else [],
+            "threads": torch.get_num_threads(),
+        },
+        "libraries": libraries,
+        "backends": {device: _backends(device) for device in ("cpu", *(["cuda"] if gpus else []))},
+        "environment": {name: value for name, value in sorted(os.environ.items()) if name.startswith(PREFIX)},
+    }
+
+
+def _rows(pairs: list[tuple[str, str]]) -> list[str]:
+    width = max(len(name) for name, _ in pairs)
+    return [f"  {name:<{width}}  {text}" for name, text in pairs]
+
+
+def render(info: dict) -> str:
+    """The report as text for a terminal or a bug report."""
+    cuda, cpu = info["cuda"], info["cpu"]
+    built_for = cuda["torch_built_for"] or "a torch without CUDA"
+    gpus = ", ".join(f"{g['name']} ({g['capability']}, {g['memory_bytes'] / 2**30:.0f} GiB)" for g in cuda["gpus"])
+    isas = f"{cpu['isa']} (usable: {', '.join(cpu['usable_isas'])})" if cpu["isa"] else "none: no CPU library"
+    lines = [f"timesformer-kernels {info['version']}"]
+    lines += _rows(
+        [
+            ("location", info["location"]),
+            ("python", f"{info['python']} on {info['platform']}"),
+            ("torch", f"{info['torch']}, {cpu['threads']} threads"),
+            ("triton", info["triton"] or "not installed"),
+            ("GPUs", gpus or f"none available ({built_for})"),
+            ("CPU instructions", isas),
+        ]
+    )
+    lines.append("native libraries")
+    lines += _rows([(name, "ok" if lib["ok"] else lib["reason"]) for name, lib in info["libraries"].items()])
+    for device, dtypes in info["backends"].items():
+        lines.append(f"backends on {device} at head_dim {HEAD_DIM}, in the order in which auto tries them")
+        by_reason = {}  # one line where the answer is the same for every dtype
+        for dtype, answers in dtypes.items():
+            for name, reason in answers.items():
+                by_reason.setdefault((name, reason or "can run"), []).append(dtype)
+        lines += _rows([(name, f"{answer} [{', '.join(names)}]") for (name, answer), names in by_reason.items()])
+    lines.append("environment")
+    lines += _rows(list(info["environment"].items()) or [(f"{PREFIX}*", "none set")])
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m timesformer_kernels.info", description=__doc__.split(":")[0] + ".")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    info = report()
+    print(json.dumps(info, indent=2) if parser.parse_args(argv).json else render(info))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

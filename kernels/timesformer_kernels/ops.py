@@ -1,0 +1,290 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The public attention functions, the registered operators, and the one autograd formula.
+
+A call takes one of three ways to the same backend:
+
+- the registered op `timesformer_kernels::attn_fwd`, whenever something watches or wraps the call (torch.compile, export,
+  fake tensors, FLOP counters, selective checkpointing, tensor subclasses);
+- an autograd.Function, in plain eager mode: a third of the op's cost per call;
+- the bare function, when no gradient is wanted.
+
+`_gradients` is the only formula; op and Functions mount it. Forward-mode and double derivatives of the fused backends
+are refused; backend="reference" is ordinary differentiable torch code and has them all.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor
+from torch.nn import Parameter
+
+from . import backends as _backends  # noqa: F401  registers them
+from . import grid, registry
+from .backends import reference
+from .grid import Scheme, View
+
+NAMESPACE = "timesformer_kernels"
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
+_VIEW = "SymInt[] groups, SymInt[] sequence, str cls, float scale, str backend, Tensor? cls_weights"
+
+LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+LIBRARY.define(f"attn_fwd(Tensor q, Tensor k, Tensor v, {_VIEW}) -> Tensor", tags=_TAGS)
+LIBRARY.define(f"attn_bwd(Tensor dout, Tensor q, Tensor k, Tensor v, {_VIEW}) -> (Tensor, Tensor, Tensor)", tags=_TAGS)
+
+
+# --- the bare functions: plain tensors in, plain tensors out ---------------------------------------------------------
+
+
+def _backend(q: Tensor, name: str) -> registry.Backend:
+    return registry.resolve(name, q.device.type, q.dtype, q.shape[3])
+
+
+def _forward(q, k, v, view: View, scale: float, backend: str, cls_weights):
+    return _backend(q, backend).forward(q, k, v, view, scale, cls_weights)
+
+
+def _backward(dout, q, k, v, view: View, scale: float, backend: str, cls_weights):
+    return _backend(q, backend).backward(dout, q, k, v, view, scale, cls_weights)
+
+
+# --- mount 1: the registered ops -------------------------------------------------------------------------------------
+
+
+def _op_forward(q, k, v, groups, sequence, cls, scale, backend, cls_weights):
+    return _forward(q, k, v, View.from_flat(groups, sequence, cls), scale, backend, cls_weights)
+
+
+def _op_backward(dout, q, k, v, groups, sequence, cls, scale, backend, cls_weights):
+    return _backward(dout, q, k, v, View.from_flat(groups, sequence, cls), scale, backend, cls_weights)
+
+
+for _key in ("CPU", "CUDA"):
+    LIBRARY.impl("attn_fwd", _op_forward, _key)
+    LIBRARY.impl("attn_bwd", _op_backward, _key)
+# new_empty, not empty_like: results are contiguous whatever the strides of q (the compiler relies on it).
+torch.library.register_fake(f"{NAMESPACE}::attn_fwd", lambda q, *_: q.new_empty(q.shape), lib=LIBRARY)
+torch.library.register_fake(
+    f"{NAMESPACE}::attn_bwd", lambda dout, q, *_: tuple(q.new_empty(q.shape) for _ in range(3)), lib=LIBRARY
+)
+ATTN_FWD = torch.ops.timesformer_kernels.attn_fwd.default
+ATTN_BWD = torch.ops.timesformer_kernels.attn_bwd.default
+
+
+def _gradients(run, ctx, dout):
+    """The autograd formula: gradients of q, k, v by `run`, None where none is wanted and for everything else."""
+    q, k, v, cls_weights = ctx.saved_tensors
+    grads = run(dout, q, k, v, *ctx.options, cls_weights)
+    return *(g if need else None for g, need in zip(grads, ctx.needs_input_grad, strict=False)), *[None] * ctx.others
+
+
+def _setup_context(ctx, inputs, output):
+    q, k, v, *ctx.options, cls_weights = inputs
+    ctx.others = len(inputs) - 3
+    ctx.save_for_backward(q, k, v, cls_weights)
+
+
+def _refuse(ctx, *grads):
+    raise NotImplementedError(
+        "double backward of fused attention is not implemented; backend='reference' supports derivatives of any order"
+    )
+
+
+def _fold_batch(info, in_dims, *tensors):
+    """Merge a vmapped dimension into the batch of each tensor; None stays None."""
+    out = []
+    for x, dim in zip(tensors, in_dims, strict=False):
+        if x is not None:
+            x = x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
+            x = x.flatten(0, 1)
+        out.append(x)
+    return out
+
+
+def _vmap(count, call):
+    """A vmap rule for `call(*tensors, *options, cls_weights)` whose first `count` arguments are tensors."""
+
+    def rule(info, in_dims, *args):
+        tensors = _fold_batch(info, (*in_dims[:count], in_dims[-1]), *args[:count], args[-1])
+        out = call(*tensors[:-1], *args[count:-1], tensors[-1])
+        split = [x.unflatten(0, (info.batch_size, -1)) for x in (out if isinstance(out, tuple) else (out,))]
+        return (tuple(split), (0,) * len(split)) if isinstance(out, tuple) else (split[0], 0)
+
+    return rule
+
+
+torch.library.register_autograd(
+    f"{NAMESPACE}::attn_fwd",
+    lambda ctx, dout: _gradients(ATTN_BWD, ctx, dout),
+    setup_context=_setup_context,
+    lib=LIBRARY,
+)
+# Without a formula of its own the backward op would answer a double backward with a warning and wrong numbers.
+torch.library.register_autograd(f"{NAMESPACE}::attn_bwd", _refuse, lib=LIBRARY)
+torch.library.register_vmap(f"{NAMESPACE}::attn_fwd", _vmap(3, ATTN_FWD), lib=LIBRARY)
+torch.library.register_vmap(f"{NAMESPACE}::attn_bwd", _vmap(4, ATTN_BWD), lib=LIBRARY)
+
+
+# --- mount 2: autograd.Functions over the bare functions -------------------------------------------------------------
+
+
+class _Backward(torch.autograd.Function):
+    """The backward where it might be differentiated or vmapped again: refuses a second order."""
+
+    forward = staticmethod(_backward)
+    setup_context = staticmethod(lambda ctx, inputs, output: None)
+    backward = staticmethod(_refuse)
+    vmap = staticmethod(lambda info, in_dims, *args: _vmap(4, _Backward.apply)(info, in_dims, *args))
+
+
+class FusedAttention(torch.autograd.Function):
+    """forward(ctx, ...) on purpose: with a separate setup_context, apply() runs inspect.signature at every call."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        _setup_context(ctx, inputs, None)
+        return _forward(*inputs)
+
+    @staticmethod
+    def backward(ctx, dout):
+        # Grad mode is on inside a backward only under create_graph or torch.func.
+        return _gradients(_Backward.apply if torch.is_grad_enabled() else _backward, ctx, dout)
+
+
+class _FuncAttention(FusedAttention):
+    """The form torch.func asks for."""
+
+    forward = staticmethod(_forward)
+    setup_context = staticmethod(_setup_context)
+    vmap = staticmethod(lambda info, in_dims, *args: _vmap(3, _FuncAttention.apply)(info, in_dims, *args))
+
+
+# --- routing ---------------------------------------------------------------------------------------------------------
+
+
+def _needs_op(q, k, v) -> bool:
+    """True when something watches or wraps the call, so that it must be a visible operator."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0  # fake tensors, FLOP counter, selective checkpoint, tracing
+        or any(type(x) is not Tensor and type(x) is not Parameter for x in (q, k, v))  # DTensor and other subclasses
+        or q.device.type not in ("cpu", "cuda")
+    )
+
+
+def _attend(q, k, v, view: View, scale, backend: str, cls_weights=None) -> Tensor:
+    grid.check_cls_weights(cls_weights, q, view)
+    if scale is None:
+        scale = q.shape[3] ** -0.5
+    elif isinstance(scale, bool) or not isinstance(scale, (int, float)):
+        raise TypeError(f"scale: got {type(scale).__name__}, expected a number or None")
+    elif not math.isfinite(scale):
+        raise ValueError(f"scale: got {scale}, expected a finite number")
+    if backend != "auto":
+        registry.get(backend)
+    device = q.device.type
+    if device != "meta" and torch.is_autocast_enabled(device) and q.dtype != torch.float64:
+        q, k, v = (x.to(torch.get_autocast_dtype(device)) for x in (q, k, v))
+    if backend == "reference":
+        return reference.attend(q, k, v, view, scale, cls_weights)
+
+    if _needs_op(q, k, v):
+        if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
+            raise NotImplementedError("forward-mode AD of fused attention is not implemented; use backend='reference'")
+        return ATTN_FWD(q, k, v, *view.flat(), view.cls, scale, backend, cls_weights)
+    chosen = registry.resolve(backend, device, q.dtype, q.shape[3])
+    if chosen is reference.BACKEND:
+        return reference.attend(q, k, v, view, scale, cls_weights)
+    if torch._C._are_functorch_transforms_active():
+        return _FuncAttention.apply(q, k, v, view, scale, chosen.name, cls_weights)
+    wants_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    if wants_grad or forward_ad._current_level >= 0:  # the Function has no jvp, so that it refuses forward-mode AD
+        return FusedAttention.apply(q, k, v, view, scale, chosen.name, cls_weights)
+    return chosen.forward(q, k, v, view, scale, cls_weights)
+
+
+# --- public ----------------------------------------------------------------------------------------------------------
+
+
+def time_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    frames: int,
+    cls: str = "exclude",
+    order: str = "space_major",
+    scale: float | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Each patch attends to the patches at its own place in the other frames (paper, section 3, "T" of T+S).
+
+    q, k, v: [B, S, heads, head_dim], any strides with a unit last one, S = N*frames (+ 1 with a class row); float32,
+        bfloat16, float16 or float64. They are read in place.
+    cls: what row 0 is: "none", "exclude" (TimeSformer), "key" (the paper's equation 13), "per_group", "global".
+    order: "space_major" for b (h w t), TimeSformer's own; "time_major" for b (t h w).
+    scale: factor of the scores, head_dim ** -0.5 by default.
+    backend: "auto", or a name of `available_backends()`, which then runs or raises.
+    Returns [B, S, heads, head_dim], contiguous. Raises TypeError, ValueError for bad arguments, RuntimeError where the
+    named backend cannot run.
+    """
+    grid.check_qkv(q, k, v)
+    return _attend(q, k, v, grid.view_of_frames("time", q.shape[1], frames, cls, order), scale, backend)
+
+
+def space_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    frames: int,
+    cls: str = "per_group",
+    order: str = "space_major",
+    scale: float | None = None,
+    backend: str = "auto",
+    cls_weights: Tensor | None = None,
+) -> Tensor:
+    """Each patch attends to the patches of its own frame (paper, equation 6 and section 3, "S" of T+S).
+
+    As `time_attention`, and with cls="per_group" the class row is a key and a query of every frame and its output the
+    mean over the frames. cls_weights [B, frames] float32 replaces that mean by a weighted sum (no gradient): stochastic
+    depth per frame needs it.
+    """
+    grid.check_qkv(q, k, v)
+    return _attend(q, k, v, grid.view_of_frames("space", q.shape[1], frames, cls, order), scale, backend, cls_weights)
+
+
+def grid_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    grid: tuple[int, int, int],
+    scheme: str | Scheme,
+    cls: str,
+    order: str = "space_major",
+    scale: float | None = None,
+    backend: str = "auto",
+    cls_weights: Tensor | None = None,
+) -> Tensor:
+    """Attention over any view of the token grid (paper, section 3: space, joint, divided, local-global, axial).
+
+    grid: (height, width, frames). scheme: a name of `grid.SCHEMES` ("time", "space", "joint", "height", "width",
+        "local", "global") or a `grid.Scheme` of one's own. The rest as in `time_attention` and `space_attention`.
+    """
+    _check_qkv(q, k, v)
+    grid = tuple(grid)
+    view = _view(scheme, grid, cls, order)
+    _check_grid(q.shape[1], grid, cls)
+    return _attend(q, k, v, view, scale, backend, cls_weights)
+
+
+_check_qkv, _view, _check_grid = grid.check_qkv, grid.view, grid.check_grid  # `grid` is an argument's name above
+
+
+def explain(q: Tensor, k: Tensor, v: Tensor) -> str:
+    """Why each backend can or cannot run on such q, k, v: one line per backend, in the order `auto` tries them."""
+    grid.check_qkv(q, k, v)
+    return registry.table(q.device.type, q.dtype, q.shape[3])

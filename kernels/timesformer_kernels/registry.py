@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which backend runs: one ordered list, and a reason from each backend that cannot."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+
+@dataclass(frozen=True)
+class Backend:
+    """An implementation of attention over a `grid.View`. Backends never import one another.
+
+    forward(q, k, v, view, scale, cls_weights) -> out [B, S, H, D], contiguous
+    backward(dout, q, k, v, view, scale, cls_weights) -> (dq, dk, dv), contiguous; dout may have any strides
+    why_not(device_type, dtype, head_dim) -> None when the backend can run, else the reason in one line
+    """
+
+    name: str
+    forward: Callable
+    backward: Callable
+    why_not: Callable[[str, torch.dtype, int], str | None]
+
+
+_BACKENDS: dict[str, Backend] = {}
+
+
+def register(backend: Backend) -> None:
+    """Append a backend to the list; `auto` tries them in this order."""
+    _BACKENDS[backend.name] = backend
+    resolve.cache_clear()
+
+
+def available_backends() -> tuple[str, ...]:
+    """Names of all backends, in the order in which `auto` tries them."""
+    return tuple(_BACKENDS)
+
+
+def get(name: str) -> Backend:
+    """The backend of that name. Raises ValueError for an unknown one."""
+    if name not in _BACKENDS:
+        raise ValueError(f"backend: got {name!r}, expected one of auto, {', '.join(_BACKENDS)}")
+    return _BACKENDS[name]
+
+
+@lru_cache(maxsize=1024)
+def resolve(name: str, device_type: str, dtype: torch.dtype, head_dim: int) -> Backend:
+    """The backend that serves a call: for "auto" the first that can, for a name that one or RuntimeError with its reason."""
+    if name == "auto":  # the reference, last in the list, runs anywhere
+        return next(b for b in _BACKENDS.values() if b.why_not(device_type, dtype, head_dim) is None)
+    backend = get(name)
+    if reason := backend.why_not(device_type, dtype, head_dim):
+        raise RuntimeError(
+            f"backend {name!r} cannot run: {reason}; `python -m timesformer_kernels.info` shows what can"
+        )
+    return backend
+
+
+def table(device_type: str, dtype: torch.dtype, head_dim: int) -> str:
+    """One line per backend: its name, then "can run" or why not."""
+    return "\n".join(
+        f"{b.name:>10}: {b.why_not(device_type, dtype, head_dim) or 'can run'}" for b in _BACKENDS.values()
+    )
