@@ -9,6 +9,7 @@ namespace tsk::TSK_ISA {
 constexpr int64_t kQueryRows = 48;
 
 TSK_INLINE int64_t round_up(int64_t n, int64_t m) { return (n + m - 1) / m * m; }
+TSK_INLINE int64_t largest(int64_t n, int64_t m) { return n > m ? n : m; }
 TSK_INLINE int64_t at_most(int64_t n, int64_t m) { return n < m ? n : m; }
 
 // --- rows of a tensor ---------------------------------------------------------------------------------------------------
@@ -152,11 +153,13 @@ struct Call {
     dv_cls = s.take(backward && job.cls_key ? share : 0);
     stats = s.take(backward && a.cls == TSK_CLS_GLOBAL ? B * H * 3 : 0);
     scratch = s.at;
-    const int64_t doubles = 2;  // int64 tokens are at most two C wide
-    const int64_t row = block * Dp + 16, square = block * Kp + 16, packed = keys * Dp + 16, turned = D * Kp + 16;
-    const int64_t global = a.cls == TSK_CLS_GLOBAL ? round_up(a.tokens, kWidth<C>) + 2 * Dp + 64 : 0;
-    const int64_t items = backward ? 3 * packed + 2 * turned + 3 * row + 2 * square : packed + turned + 2 * row + square;
-    scratch_bytes = round_up(int64_t(sizeof(C)) * (doubles * L + 16 + (items > global ? items : global)), 64) + 1024;
+    const int64_t pad = 64 / int64_t(sizeof(C));  // take() rounds up to 64 bytes
+    const int64_t row = block * Dp + pad, square = block * Kp + pad, packed = keys * Dp + pad, turned = D * Kp + pad;
+    const int64_t by_block = backward ? 3 * packed + 2 * turned + 3 * row + 2 * square : packed + turned + 2 * row + square;
+    const int64_t by_short = 5 * packed;
+    const int64_t by_class = 5 * (Dp + pad) + (a.cls == TSK_CLS_GLOBAL ? round_up(a.tokens, kWidth<C>) + pad : 0);
+    const int64_t token_list = L * 8 / int64_t(sizeof(C)) + pad;
+    scratch_bytes = round_up((token_list + largest(by_block, largest(by_short, by_class))) * int64_t(sizeof(C)), 64);
     bytes = scratch - static_cast<char*>(a.workspace) + scratch_bytes * job.workers;
   }
 
@@ -187,9 +190,13 @@ struct Call {
   // Calls item(b, g, h) for the worker's part of B x G x H; heads are neighbours in memory, so they come innermost.
   template <class F>
   void items(int64_t worker, F item) const {
-    const int64_t n = B * G * H;
-    for (int64_t i = n * worker / job.workers, end = n * (worker + 1) / job.workers; i < end; ++i)
-      item(i / (G * H), i / H % G, i % H);
+    const int64_t n = B * G * H, begin = n * worker / job.workers, end = n * (worker + 1) / job.workers;
+    int64_t h = begin % H, g = begin / H % G, b = begin / (G * H);
+    for (int64_t i = begin; i < end; ++i) {
+      item(b, g, h);
+      if (++h == H) h = 0, ++g;
+      if (g == G) g = 0, ++b;
+    }
   }
   template <class F>
   void heads(int64_t worker, F item) const {

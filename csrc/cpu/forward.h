@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Forward: one pass over the groups, one over the class rows.
 #pragma once
-#include "call.h"
+#include "short.h"
 
 namespace tsk::TSK_ISA {
 
@@ -81,7 +81,7 @@ void forward_cls(const Job& job, int64_t worker) {
 
 template <class T>
 void forward(const Job& job) {
-  if (job.G && job.L + job.cls_key) job.parallel(job, forward_groups<T>);
+  if (job.G && job.L + job.cls_key) job.parallel(job, is_short(job) ? short_attention<T, false> : forward_groups<T>);
   if (job.a->cls != TSK_CLS_NONE) job.parallel(job, forward_cls<T>);
 }
 

@@ -224,19 +224,39 @@ TSK_INLINE Vec<C> keep_below(Vec<C> v, int64_t n, C x) {
   return v;
 }
 
+// Lanes of v, or of a and then b, in the order of a constant index.
+#if defined(__clang__)
+template <class C>
+TSK_INLINE Vec<C> shuffle(Vec<C> v, Mask<C> index) {
+  Vec<C> r;
+  for (int i = 0; i < kWidth<C>; ++i) r[i] = v[index[i]];
+  return r;
+}
+template <class C>
+TSK_INLINE Vec<C> shuffle(Vec<C> a, Vec<C> b, Mask<C> index) {
+  Vec<C> r;
+  for (int i = 0; i < kWidth<C>; ++i) r[i] = index[i] < kWidth<C> ? a[index[i]] : b[index[i] - kWidth<C>];
+  return r;
+}
+#else
+template <class C>
+TSK_INLINE Vec<C> shuffle(Vec<C> v, Mask<C> index) {
+  return __builtin_shuffle(v, index);
+}
+template <class C>
+TSK_INLINE Vec<C> shuffle(Vec<C> a, Vec<C> b, Mask<C> index) {
+  return __builtin_shuffle(a, b, index);
+}
+#endif
+
+// The lower (or higher) halves of a and b, interleaved: a0 b0 a1 b1 ...
 template <class C>
 TSK_INLINE Vec<C> zip(Vec<C> a, Vec<C> b, bool high) {
   constexpr int W = kWidth<C>;
-  Mask<C> m;
+  Mask<C> index;
 #pragma GCC unroll 16
-  for (int i = 0; i < W; ++i) m[i] = (high ? W / 2 : 0) + i / 2 + (i & 1) * W;
-#if defined(__clang__)
-  Vec<C> r;
-  for (int i = 0; i < W; ++i) r[i] = m[i] < W ? a[m[i] % W] : b[m[i] % W];
-  return r;
-#else
-  return __builtin_shuffle(a, b, m);
-#endif
+  for (int i = 0; i < W; ++i) index[i] = (high ? W / 2 : 0) + i / 2 + (i & 1) * W;
+  return shuffle<C>(a, b, index);
 }
 
 // Transposes a W x W block held in W vectors: log2(W) rounds of perfect shuffles.
