@@ -28,6 +28,13 @@ struct Rows {
   T* operator()(int64_t i) const { return cls ? (i ? patches + tokens[i - 1] * stride : cls) : patches + tokens[i] * stride; }
 };
 
+// Asks for one row to be brought into the second-level cache; an address nobody owns does no harm.
+template <class T>
+TSK_INLINE void prefetch_row(const T* x, int64_t D) {
+  for (const char *p = reinterpret_cast<const char*>(x), *end = reinterpret_cast<const char*>(x + D); p < end; p += 64)
+    __builtin_prefetch(p, 0, 2);
+}
+
 template <class T>
 TSK_INLINE Vec<Compute<T>> load_some(const T* p, int64_t n) {  // lanes from n on are zero
   if (n >= kWidth<Compute<T>>) return load_as<T>(p);

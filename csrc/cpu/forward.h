@@ -29,6 +29,11 @@ void forward_groups(const Job& job, int64_t worker) {
 
     for (int64_t i0 = 0; i0 < c.queries; i0 += c.block) {
       const int64_t n = at_most(c.block, c.queries - i0);
+      for (int64_t i = 0; i < n; ++i) {  // the next head's rows, far apart in memory, arrive while this one computes
+        prefetch_row<T>(q_rows(i0 + i) + a.q.head, c.D);
+        prefetch_row<T>(k_rows(at_most(i0 + i, c.keys - 1)) + a.k.head, c.D);
+        prefetch_row<T>(v_rows(at_most(i0 + i, c.keys - 1)) + a.v.head, c.D);
+      }
       C scale_o[kQueryRows], top;
       for (int64_t i = 0; i < n; ++i) pack_row<T>(q + i * c.Dp, q_rows(i0 + i), c.D, c.scale);
       gemm<C>(n, c.Kp, c.D, q, c.Dp, 1, kt, c.Kp, s, c.Kp, false);

@@ -63,18 +63,24 @@ TSK_INLINE void dots(C* s, const Matrix<C>& x, const Matrix<C>& y, int64_t L, in
     }
 }
 
-// Every lane of a run of N lanes (a power of two) gets the run's maximum, or sum.
-template <class C, int N, bool kMax>
-TSK_INLINE Vec<C> reduce_runs(Vec<C> v) {
-#pragma GCC unroll 4
-  for (int step = 1; step < N && step < kWidth<C>; step *= 2) {
-    Mask<C> swap;
+// Lane i of the result is lane i ^ STEP of v. A template, so that the index is a constant.
+template <class C, int STEP>
+TSK_INLINE Vec<C> swap_lanes(Vec<C> v) {
+  Mask<C> index;
 #pragma GCC unroll 16
-    for (int i = 0; i < kWidth<C>; ++i) swap[i] = i ^ step;
-    const Vec<C> other = shuffle<C>(v, swap);
-    v = kMax ? max<C>(v, other) : v + other;
+  for (int i = 0; i < kWidth<C>; ++i) index[i] = i ^ STEP;
+  return shuffle<C>(v, index);
+}
+
+// Every lane of a run of N lanes (a power of two) gets the run's maximum, or sum.
+template <class C, int N, bool kMax, int STEP = 1>
+TSK_INLINE Vec<C> reduce_runs(Vec<C> v) {
+  if constexpr (STEP < N && STEP < kWidth<C>) {
+    const Vec<C> other = swap_lanes<C, STEP>(v);
+    return reduce_runs<C, N, kMax, 2 * STEP>(kMax ? max<C>(v, other) : v + other);
+  } else {
+    return v;
   }
-  return v;
 }
 
 // s [L, LQ] -> softmax(scale s) of each row, zero from column L on.
@@ -150,6 +156,15 @@ void short_groups(const Job& job, int64_t worker, bool backward) {
     const auto mix_into = [&](const TskTensor& y, const C* w, int64_t row, int64_t col, const Matrix<C>& m) {
       mix<T>(row_of<T>(y, b, h, token), step * y.token, w, row, col, m, L, D, packed[4]);
     };
+    if (g + 1 < c.G) {  // the rows of a group are too short a run for the hardware to foresee the next group's
+      const int64_t next = c.group_token(g + 1);
+      for (int64_t i = 0; i < L; ++i) {
+        prefetch_row<T>(row_of<T>(a.q, b, h, next + i * step), D);
+        prefetch_row<T>(row_of<T>(a.k, b, h, next + i * step), D);
+        prefetch_row<T>(row_of<T>(a.v, b, h, next + i * step), D);
+        if (backward) prefetch_row<T>(row_of<T>(a.dout, b, h, next + i * step), D);
+      }
+    }
     const Matrix<C> q = matrix(a.q, packed[0]), k = matrix(a.k, packed[1]), v = matrix(a.v, packed[2]);
     dots<C, LQ>(p, q, k, L, Dp);
     softmax_short<C, LQ>(p, L, c.scale);
