@@ -91,6 +91,9 @@ void backward_groups(const Job& job, int64_t worker) {
       for (int64_t i = 0; i < n; ++i) {
         C *pi = p + i * c.Kp, *dsi = ds + i * c.Kp, delta;
         if (global && i0 + i == 0) {  // normalised over the whole clip; the class key itself is left to backward_cls
+          // Scores anew, summed in the order of global_scores: against its maximum and sum, the last bit of a large
+          // score matters.
+          for (int64_t j = 0; j < c.keys; ++j) pi[j] = dot_row<C>(q, k + j * c.Dp, c.Dp);
           const C* stats = c.stats + (b * c.H + h) * 3;
           exp_row<C>(pi, c.keys, stats[0]);
           pi[0] = 0;

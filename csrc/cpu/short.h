@@ -113,13 +113,12 @@ TSK_INLINE void softmax_short(C* s, int64_t L, C scale) {
 template <class C, int LQ>
 TSK_INLINE void score_gradient_short(const C* p, C* ds, int64_t L, C scale) {
   constexpr int W = kWidth<C>, NV = LQ > W ? LQ / W : 1, step = NV * W;
+  const int64_t used = at_most(NV, (L + W - 1) / W);  // `dots` has written no more
   for (int64_t at = 0; at < L * LQ; at += step) {
     Vec<C> delta{};
-#pragma GCC unroll 4
-    for (int n = 0; n < NV; ++n) delta += load(p + at + n * W) * load(ds + at + n * W);
+    for (int64_t n = 0; n < used; ++n) delta += load(p + at + n * W) * load(ds + at + n * W);
     delta = reduce_runs<C, LQ, false>(delta);
-#pragma GCC unroll 4
-    for (int n = 0; n < NV; ++n) {
+    for (int64_t n = 0; n < used; ++n) {
       C* y = ds + at + n * W;
       store(y, load(p + at + n * W) * (load(y) - delta) * scale);
     }

@@ -176,18 +176,20 @@ def view(scheme: str | Scheme, grid: tuple[int, int, int], cls: str, order: str 
         if scheme not in SCHEMES:
             raise ValueError(f"scheme: got {scheme!r}, expected one of {', '.join(SCHEMES)} or a grid.Scheme")
         scheme = SCHEMES[scheme]
+    elif not (isinstance(scheme, Scheme) and all(isinstance(axis, Axis) for axis in scheme)):
+        raise TypeError(f"scheme: got {scheme!r}, expected one of {', '.join(SCHEMES)} or a grid.Scheme of grid.Axis")
     if cls not in CLS_MODES:
         raise ValueError(f"cls: got {cls!r}, expected one of {', '.join(CLS_MODES)}")
     if order not in ORDERS:
         raise ValueError(f"order: got {order!r}, expected one of {', '.join(ORDERS)}")
-    if len(grid) != 3 or not all(_is_count(n) for n in grid):
+    if not isinstance(grid, (tuple, list)) or len(grid) != 3 or not all(_is_count(n) for n in grid):
         raise TypeError(f"grid: got {grid!r}, expected three non-negative integers (height, width, frames)")
     for name, axis, size in zip(AXES, scheme, grid, strict=True):
         if axis.groups is not None and axis.groups != 1 and size % axis.groups:
             raise ValueError(f"grid: {name} = {size} cannot be split evenly into {axis.groups}, as the scheme asks")
     if torch.compiler.is_compiling() or not all(type(n) is int for n in grid):
-        return make_view(scheme, grid, cls, order)  # symbolic sizes cannot be a cache key
-    return _cached_view(scheme, grid, cls, order)
+        return make_view(scheme, tuple(grid), cls, order)  # symbolic sizes cannot be a cache key
+    return _cached_view(scheme, tuple(grid), cls, order)
 
 
 def _is_count(n) -> bool:

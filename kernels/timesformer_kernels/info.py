@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import platform
@@ -27,14 +28,25 @@ def _version(distribution: str) -> str | None:
         return None
 
 
+def _stale(build: dict) -> bool | None:
+    """Whether csrc changed after the build; None where the sources do not lie beside the package (not editable)."""
+    csrc = Path(__file__).parents[2] / "csrc"
+    if "source_hash" not in build or not (csrc / "abi.h").exists():
+        return None
+    digest = hashlib.sha256()  # as source_hash() in setup.py
+    for path in sorted(path for path in csrc.rglob("*") if path.is_file()):
+        digest.update(path.relative_to(csrc).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:16] != build["source_hash"]
+
+
 def _libraries() -> dict:
     """Per native library: whether it can be called, else why not, and what the build recorded."""
     build = native.build_info()
     loaded, reason = native.library()
     cuda = build.get("_cuda", {}).get("status", "no build record; reinstall the package")
     return {
-        "_cpu": {"ok": loaded is not None, "reason": reason, "build": build.get("_cpu")},
-        "_cuda": {"ok": False, "reason": cuda, "build": build.get("_cuda")},
+        "_cpu": {"ok": loaded is not None, "reason": reason, "stale": _stale(build), "build": build.get("_cpu")},
+        "_cuda": {"ok": False, "reason": cuda, "stale": None, "build": build.get("_cuda")},
     }
 
 
@@ -82,6 +94,11 @@ def _rows(pairs: list[tuple[str, str]]) -> list[str]:
     return [f"  {name:<{width}}  {text}" for name, text in pairs]
 
 
+def _verdict(library: dict) -> str:
+    stale = "; stale: csrc changed after the build, reinstall the package" if library["stale"] else ""
+    return ("ok" if library["ok"] else library["reason"]) + stale
+
+
 def render(info: dict) -> str:
     """The report as text for a terminal or a bug report."""
     cuda, cpu = info["cuda"], info["cpu"]
@@ -100,7 +117,7 @@ def render(info: dict) -> str:
         ]
     )
     lines.append("native libraries")
-    lines += _rows([(name, "ok" if lib["ok"] else lib["reason"]) for name, lib in info["libraries"].items()])
+    lines += _rows([(name, _verdict(library)) for name, library in info["libraries"].items()])
     for device, dtypes in info["backends"].items():
         lines.append(f"backends on {device} at head_dim {HEAD_DIM}, in the order in which auto tries them")
         by_reason = {}  # one line where the answer is the same for every dtype

@@ -20,6 +20,7 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch.nn import Parameter
+from torch.utils.flop_counter import register_flop_formula
 
 from . import backends as _backends  # noqa: F401  registers them
 from . import grid, registry
@@ -127,6 +128,21 @@ torch.library.register_vmap(f"{NAMESPACE}::attn_fwd", _vmap(3, ATTN_FWD), lib=LI
 torch.library.register_vmap(f"{NAMESPACE}::attn_bwd", _vmap(4, ATTN_BWD), lib=LIBRARY)
 
 
+@register_flop_formula(torch.ops.timesformer_kernels.attn_fwd)
+def _forward_flops(q, k, v, groups, sequence, cls, *_, out_shape=None, **__) -> int:
+    """Two products of 2 head_dim FLOP for each query-key pair."""
+    (batch, tokens, heads, head_dim), view = q, View.from_flat(groups, sequence, cls)
+    queries = view.length + (cls == "per_group")
+    pairs = view.num_groups * queries * (view.length + (cls in ("per_group", "key", "global")))
+    return 4 * batch * heads * head_dim * (pairs + (tokens if cls == "global" else 0))
+
+
+@register_flop_formula(torch.ops.timesformer_kernels.attn_bwd)
+def _backward_flops(dout, *args, **kwargs) -> int:
+    """Five products against two: the scores once more, dP, dV, dQ and dK."""
+    return _forward_flops(*args, **kwargs) * 5 // 2
+
+
 # --- mount 2: autograd.Functions over the bare functions -------------------------------------------------------------
 
 
@@ -174,6 +190,16 @@ def _needs_op(q, k, v) -> bool:
     )
 
 
+def _checked(q, k, v) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v in the dtype of autocast, where that is on, and checked."""
+    if isinstance(q, Tensor) and q.device.type != "meta" and torch.is_autocast_enabled(q.device.type):
+        dtype = torch.get_autocast_dtype(q.device.type)
+        narrow = (torch.float32, torch.bfloat16, torch.float16)
+        q, k, v = (x.to(dtype) if isinstance(x, Tensor) and x.dtype in narrow else x for x in (q, k, v))
+    grid.check_qkv(q, k, v)
+    return q, k, v
+
+
 def _attend(q, k, v, view: View, scale, backend: str, cls_weights=None) -> Tensor:
     grid.check_cls_weights(cls_weights, q, view)
     if scale is None:
@@ -184,17 +210,18 @@ def _attend(q, k, v, view: View, scale, backend: str, cls_weights=None) -> Tenso
         raise ValueError(f"scale: got {scale}, expected a finite number")
     if backend != "auto":
         registry.get(backend)
-    device = q.device.type
-    if device != "meta" and torch.is_autocast_enabled(device) and q.dtype != torch.float64:
-        q, k, v = (x.to(torch.get_autocast_dtype(device)) for x in (q, k, v))
     if backend == "reference":
         return reference.attend(q, k, v, view, scale, cls_weights)
 
+    if cls_weights is not None and cls_weights.requires_grad:
+        raise ValueError(
+            "cls_weights: got a tensor that requires grad, expected a constant; backend='reference' has its gradient"
+        )
     if _needs_op(q, k, v):
         if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
             raise NotImplementedError("forward-mode AD of fused attention is not implemented; use backend='reference'")
         return ATTN_FWD(q, k, v, *view.flat(), view.cls, scale, backend, cls_weights)
-    chosen = registry.resolve(backend, device, q.dtype, q.shape[3])
+    chosen = _backend(q, backend)
     if chosen is reference.BACKEND:
         return reference.attend(q, k, v, view, scale, cls_weights)
     if torch._C._are_functorch_transforms_active():
@@ -230,7 +257,7 @@ def time_attention(
     Returns [B, S, heads, head_dim], contiguous. Raises TypeError, ValueError for bad arguments, RuntimeError where the
     named backend cannot run.
     """
-    grid.check_qkv(q, k, v)
+    q, k, v = _checked(q, k, v)
     return _attend(q, k, v, grid.view_of_frames("time", q.shape[1], frames, cls, order), scale, backend)
 
 
@@ -252,7 +279,7 @@ def space_attention(
     mean over the frames. cls_weights [B, frames] float32 replaces that mean by a weighted sum (no gradient): stochastic
     depth per frame needs it.
     """
-    grid.check_qkv(q, k, v)
+    q, k, v = _checked(q, k, v)
     return _attend(q, k, v, grid.view_of_frames("space", q.shape[1], frames, cls, order), scale, backend, cls_weights)
 
 
@@ -274,14 +301,13 @@ def grid_attention(
     grid: (height, width, frames). scheme: a name of `grid.SCHEMES` ("time", "space", "joint", "height", "width",
         "local", "global") or a `grid.Scheme` of one's own. The rest as in `time_attention` and `space_attention`.
     """
-    _check_qkv(q, k, v)
-    grid = tuple(grid)
+    q, k, v = _checked(q, k, v)
     view = _view(scheme, grid, cls, order)
     _check_grid(q.shape[1], grid, cls)
     return _attend(q, k, v, view, scale, backend, cls_weights)
 
 
-_check_qkv, _view, _check_grid = grid.check_qkv, grid.view, grid.check_grid  # `grid` is an argument's name above
+_view, _check_grid = grid.view, grid.check_grid  # `grid` is an argument's name above
 
 
 def explain(q: Tensor, k: Tensor, v: Tensor) -> str:

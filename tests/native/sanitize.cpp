@@ -1,0 +1,129 @@
+// SPDX-License-Identifier: Apache-2.0
+// Runs the exported C functions under AddressSanitizer and UBSan. Every tensor is a heap block of exactly its size, so a
+// load or store one element outside is an error. Built and fed by tests/test_memory_safety.py; one case per input line:
+//     dtype cls weights batch tokens heads head_dim  (size step) x 3 groups  (size step) x 3 sequence
+// Exit code 0 when every result is finite; a sanitizer ends the process with its own report.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <iostream>
+#include <memory>
+#include <sstream>
+#include <string>
+#include <vector>
+
+#include "../../csrc/abi.h"
+
+namespace {
+
+struct Free {
+  void operator()(void* p) const { std::free(p); }
+};
+using Block = std::unique_ptr<void, Free>;
+
+int64_t item_size(int32_t dtype) { return dtype == TSK_F64 ? 8 : dtype == TSK_F32 ? 4 : 2; }
+
+uint32_t next_random() {
+  static uint32_t state = 12345;
+  return state = state * 1664525u + 1013904223u;
+}
+
+// Exactly n elements; random values in +-2, or NaN where the kernel has to write.
+Block make(int32_t dtype, int64_t n, bool random) {
+  char* p = static_cast<char*>(std::malloc(n * item_size(dtype) + (n == 0)));
+  std::memset(p, 0xFF, n * item_size(dtype));
+  for (int64_t i = 0; random && i < n; ++i) {
+    const float x = float(next_random() >> 8) / float(1 << 23) * 2.0f - 2.0f;
+    const double wide = x;
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    const uint16_t brain = uint16_t(bits >> 16);
+    // fp16 of random sign and mantissa, exponent 2^-4 .. 2^-1
+    const uint16_t half = uint16_t((next_random() >> 16 & 0x83FF) | (11 + (next_random() >> 24) % 4) << 10);
+    if (dtype == TSK_F64) std::memcpy(p + 8 * i, &wide, 8);
+    if (dtype == TSK_F32) std::memcpy(p + 4 * i, &x, 4);
+    if (dtype == TSK_BF16) std::memcpy(p + 2 * i, &brain, 2);
+    if (dtype == TSK_F16) std::memcpy(p + 2 * i, &half, 2);
+  }
+  return Block(p);
+}
+
+bool finite(int32_t dtype, const Block& block, int64_t n) {
+  const char* p = static_cast<const char*>(block.get());
+  for (int64_t i = 0; i < n; ++i) {
+    double wide;
+    float x;
+    uint16_t bits;
+    if (dtype == TSK_F64) {
+      std::memcpy(&wide, p + 8 * i, 8);
+      if (!std::isfinite(wide)) return false;
+    } else if (dtype == TSK_F32) {
+      std::memcpy(&x, p + 4 * i, 4);
+      if (!std::isfinite(x)) return false;
+    } else {
+      std::memcpy(&bits, p + 2 * i, 2);
+      const uint16_t exponent = dtype == TSK_BF16 ? 0x7F80 : 0x7C00;
+      if ((bits & exponent) == exponent) return false;
+    }
+  }
+  return true;
+}
+
+int run(const std::string& line) {
+  TskAttention a = {};
+  int weights;
+  std::istringstream in(line);
+  in >> a.dtype >> a.cls >> weights >> a.batch >> a.tokens >> a.heads >> a.head_dim;
+  int64_t groups = 1;
+  for (auto* axes : {a.groups, a.sequence})
+    for (int i = 0; i < TSK_MAX_AXES; ++i) in >> axes[i].size >> axes[i].step;
+  for (const TskAxis& axis : a.groups) groups *= axis.size;
+  a.scale = 1.0 / std::sqrt(double(a.head_dim));
+  a.max_threads = 1;
+
+  const int64_t row = a.heads * a.head_dim, n = a.batch * a.tokens * row;
+  // q, k, v lie packed in one block as a model's projection leaves them: the last row of v ends with the block.
+  Block packed = make(a.dtype, 3 * n, true), dout = make(a.dtype, n, true);
+  Block results[] = {make(a.dtype, n, false), make(a.dtype, n, false), make(a.dtype, n, false), make(a.dtype, n, false)};
+  TskTensor* inputs[] = {&a.q, &a.k, &a.v};
+  for (int i = 0; i < 3; ++i)
+    *inputs[i] = {static_cast<char*>(packed.get()) + i * row * item_size(a.dtype), a.tokens * 3 * row, 3 * row, a.head_dim};
+  a.dout = {dout.get(), a.tokens * row, row, a.head_dim};
+  TskTensor* outputs[] = {&a.out, &a.dq, &a.dk, &a.dv};
+  for (int i = 0; i < 4; ++i) *outputs[i] = {results[i].get(), a.tokens * row, row, a.head_dim};
+  Block class_weights = make(TSK_F32, a.batch * groups, true);
+  if (weights) a.cls_weights = static_cast<const float*>(class_weights.get());
+
+  for (int backward = 0; backward < 2; ++backward) {
+    const int64_t bytes = tsk_attn_workspace(&a, backward);
+    if (bytes < 0) return std::fprintf(stderr, "workspace: %s\n", tsk_last_error()), 1;
+    void* memory = nullptr;
+    if (posix_memalign(&memory, 64, bytes + (bytes == 0))) return 1;
+    Block workspace(memory);
+    std::memset(memory, 0xFF, bytes);
+    a.workspace = memory;
+    const int32_t status = backward ? tsk_attn_bwd(&a) : tsk_attn_fwd(&a);
+    if (status != TSK_OK) return std::fprintf(stderr, "status %d: %s\n", status, tsk_last_error()), 1;
+  }
+  for (const Block& result : results)
+    if (!finite(a.dtype, result, n)) return std::fprintf(stderr, "a result is not finite\n"), 1;
+  return 0;
+}
+
+}  // namespace
+
+int main() {
+  std::vector<std::string> cases;
+  for (std::string line; std::getline(std::cin, line);) cases.push_back(line);
+  std::istringstream isas(tsk_isas());
+  int runs = 0;
+  for (std::string isa; isas >> isa;) {
+    if (tsk_force_isa(isa.c_str()) != TSK_OK) return std::fprintf(stderr, "cannot force %s\n", isa.c_str()), 1;
+    for (const std::string& line : cases) {
+      if (run(line)) return std::fprintf(stderr, "failed on %s: %s\n", isa.c_str(), line.c_str()), 1;
+      ++runs;
+    }
+  }
+  std::printf("%d runs\n", runs);
+}

@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The environment report: complete, truthful about what is missing, and never a reason to fail."""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from timesformer_kernels import available_backends, info, native, registry
+
+
+def printed(capsys, *argv):
+    assert info.main(list(argv)) == 0
+    return capsys.readouterr().out
+
+
+def test_json_holds_what_a_bug_report_needs(capsys):
+    report = json.loads(printed(capsys, "--json"))
+    assert report["torch"] == torch.__version__
+    assert report["python"] == platform.python_version()
+    assert report["cpu"]["threads"] == torch.get_num_threads()
+    assert set(report["libraries"]) == {"_cpu", "_cuda"}
+    assert report["cuda"]["available"] == torch.cuda.is_available()
+    assert "cuda" in report["backends"] or not report["cuda"]["available"]
+
+
+def test_every_backend_answers_for_every_dtype(capsys):
+    backends = json.loads(printed(capsys, "--json"))["backends"]["cpu"]
+    assert set(backends) == {"float32", "bfloat16", "float16", "float64"}
+    for dtype, answers in backends.items():
+        assert list(answers) == list(available_backends())
+        for name, reason in answers.items():
+            assert reason == registry.get(name).why_not("cpu", getattr(torch, dtype), 64)
+        assert answers["reference"] is None
+
+
+def test_the_library_and_its_instruction_sets_are_reported(capsys):
+    library, reason = native.library()
+    if library is None:
+        pytest.skip(reason)
+    report = json.loads(printed(capsys, "--json"))
+    assert report["libraries"]["_cpu"]["ok"] and report["libraries"]["_cpu"]["build"]["status"] == "ok"
+    assert report["cpu"]["isa"] == native.isa()
+    assert "baseline" in report["cpu"]["usable_isas"]
+    assert f"{native.isa()} (usable: " in printed(capsys)
+
+
+def test_the_text_gives_one_line_where_dtypes_agree(capsys, monkeypatch):
+    def why_not(device_type, dtype, head_dim):
+        assert (device_type, head_dim) == ("cpu", 64)
+        return "no kernel for 16-bit types" if dtype.itemsize == 2 else None
+
+    picky = registry.Backend("picky", forward=None, backward=None, why_not=why_not)
+    monkeypatch.setitem(registry._BACKENDS, "picky", picky)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    lines = [" ".join(line.split()) for line in printed(capsys).splitlines()]
+    assert "picky can run [float32, float64]" in lines
+    assert "picky no kernel for 16-bit types [bfloat16, float16]" in lines
+
+
+@pytest.mark.parametrize("build", [{}, {"_cpu": {"status": "skipped: x"}, "_cuda": {"status": "skipped: y"}}])
+def test_a_missing_library_is_a_line_and_not_a_failure(capsys, monkeypatch, build):
+    monkeypatch.setattr(native, "library", lambda: (None, "it was never built"))
+    monkeypatch.setattr(native, "build_info", lambda: build)
+    text = printed(capsys)
+    assert "it was never built" in text
+    assert "none: no CPU library" in text
+    assert ("y" if build else "no build record") in text
+    report = json.loads(printed(capsys, "--json"))
+    library = {"ok": False, "reason": "it was never built", "stale": None, "build": build.get("_cpu")}
+    assert report["libraries"]["_cpu"] == library
+    assert report["cpu"]["isa"] is None and report["cpu"]["usable_isas"] == []
+
+
+def test_gpus_are_listed(monkeypatch):
+    properties = type("Properties", (), {"name": "a GPU", "major": 9, "minor": 0, "total_memory": 2**37})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    report = info.report()
+    assert report["cuda"]["gpus"] == [{"name": "a GPU", "capability": "9.0", "memory_bytes": 2**37}]
+    assert set(report["backends"]) == {"cpu", "cuda"}
+    assert "a GPU (9.0, 128 GiB)" in info.render(report)
+
+
+def test_our_environment_variables_are_shown_and_no_others(capsys, monkeypatch):
+    monkeypatch.setenv("TIMESFORMER_KERNELS_CUDA", "0")
+    monkeypatch.setenv("UNRELATED", "secret")
+    report = json.loads(printed(capsys, "--json"))
+    assert report["environment"]["TIMESFORMER_KERNELS_CUDA"] == "0"
+    assert all(name.startswith("TIMESFORMER_KERNELS_") for name in report["environment"])
+    assert "secret" not in printed(capsys)
+
+
+def test_as_a_command_and_without_importing_triton(tmp_path):
+    """A triton that breaks at import (no driver, wrong torch) must not take the report down with it."""
+    (tmp_path / "triton").mkdir()
+    (tmp_path / "triton/__init__.py").write_text("raise RuntimeError('triton was imported')\n")
+    (tmp_path / "triton-9.9.dist-info").mkdir()
+    (tmp_path / "triton-9.9.dist-info/METADATA").write_text("Metadata-Version: 2.1\nName: triton\nVersion: 9.9\n")
+    search = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    command = [sys.executable, "-m", "timesformer_kernels.info", "--json"]
+    done = subprocess.run(
+        command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": search}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert json.loads(done.stdout)["triton"] == "9.9"
