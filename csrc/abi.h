@@ -9,7 +9,13 @@
 #define TSK_MAX_AXES 3
 
 enum TskDtype : int32_t { TSK_F32 = 0, TSK_BF16 = 1, TSK_F16 = 2, TSK_F64 = 3 };
-enum TskCls : int32_t { TSK_CLS_NONE = 0, TSK_CLS_EXCLUDE = 1, TSK_CLS_PER_GROUP = 2, TSK_CLS_KEY = 3, TSK_CLS_GLOBAL = 4 };
+enum TskCls : int32_t {
+  TSK_CLS_NONE = 0,
+  TSK_CLS_EXCLUDE = 1,
+  TSK_CLS_PER_GROUP = 2,
+  TSK_CLS_KEY = 3,
+  TSK_CLS_GLOBAL = 4
+};
 enum TskStatus : int32_t { TSK_OK = 0, TSK_INVALID = -1, TSK_FAILED = -2 };  // > 0: a cudaError_t
 
 // One [B, S, H, D] tensor. Strides count elements; the last dimension has stride 1.
@@ -24,24 +30,24 @@ struct TskAxis {
 };
 
 struct TskAttention {
-  TskTensor q, k, v;          // read
-  TskTensor out;              // forward: written
-  TskTensor dout;             // backward: read
-  TskTensor dq, dk, dv;       // backward: written
+  TskTensor q, k, v;               // read
+  TskTensor out;                   // forward: written
+  TskTensor dout;                  // backward: read
+  TskTensor dq, dk, dv;            // backward: written
   TskAxis groups[TSK_MAX_AXES];    // outermost first, unused ones are {1, 0}; sizes multiply to G
   TskAxis sequence[TSK_MAX_AXES];  // sizes multiply to L
   int64_t batch, tokens, heads, head_dim;
-  double scale;               // of the scores
-  const float* cls_weights;   // [B, G] contiguous, weight of each group's class output; null: 1 / G
-  void* workspace;            // tsk_attn_workspace() bytes, 64-byte aligned
-  int64_t max_threads;        // upper bound of parallel workers
-  int32_t dtype;              // TskDtype of all tensors
-  int32_t cls;                // TskCls
+  double scale;              // of the scores
+  const float* cls_weights;  // [B, G] contiguous, weight of each group's class output; null: 1 / G
+  void* workspace;           // tsk_attn_workspace() bytes, 64-byte aligned
+  int64_t max_threads;       // upper bound of parallel workers
+  int32_t dtype;             // TskDtype of all tensors
+  int32_t cls;               // TskCls
 };
 
 TSK_API int32_t tsk_abi_version();
-TSK_API int64_t tsk_attention_size();   // sizeof(TskAttention)
-TSK_API const char* tsk_last_error();   // thread-local text of the last failure
+TSK_API int64_t tsk_attention_size();  // sizeof(TskAttention)
+TSK_API const char* tsk_last_error();  // thread-local text of the last failure
 
 // CPU library. The core never allocates: the caller asks for the bytes (negative: a TskStatus) and brings them.
 TSK_API int64_t tsk_attn_workspace(const TskAttention* a, int32_t backward);

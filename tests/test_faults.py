@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from oracle import Case, attention, check, make_dout, make_qkv, with_gradients, with_weights
+from oracle import Case, attention, check, make_dout, make_qkv, same, with_gradients, with_weights
 
 from timesformer_kernels import grid_attention, space_attention, time_attention
 
@@ -39,7 +39,7 @@ def test_01_no_patches(backend, cls):
     for frames, size in ((4, (0, 0, 4)), (4, (2, 0, 4))):
         case = Case("space", size, cls)
         got = with_gradients(run(case, backend), q, k, v, torch.ones_like(q))
-        assert torch.equal(got[0], space_attention(q, k, v, frames=frames, cls=cls, backend=backend))
+        assert same(backend, got[0], space_attention(q, k, v, frames=frames, cls=cls, backend=backend))
         expected = v if cls in ("per_group", "global") else torch.zeros_like(v)
         torch.testing.assert_close(got[0], expected)
         assert all(g.isfinite().all() for g in got[1:])
@@ -131,7 +131,7 @@ def test_07_views_of_every_kind(backend, case):
         "batch-last": [x.permute(3, 0, 1, 2).contiguous() for x in video],
     }
     for name, x in views.items():
-        assert torch.equal(run(case, backend)(*x), expected), name
+        assert same(backend, run(case, backend)(*x), expected), name
 
 
 @BOTH
@@ -145,7 +145,7 @@ def test_08_expanded_inputs(backend, case):
         [q[:, :, :1].expand(shape), k.expand(shape), v[:, :1].expand(shape)],
     ):
         check(run(case, backend), *x, case)
-        assert torch.equal(run(case, backend)(*x), run(case, backend)(*(y.contiguous() for y in x)))
+        assert same(backend, run(case, backend)(*x), run(case, backend)(*(y.contiguous() for y in x)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
@@ -155,7 +155,7 @@ def test_09_misaligned_by_one_element(engine, dtype):
         moved = [torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape) for x in (q, k, v)]
         assert all(x.storage_offset() == 1 for x in moved)
         a, b = (with_gradients(run(case, engine), *x, make_dout(q)) for x in ((q, k, v), moved))
-        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+        assert all(same(engine, x, y) for x, y in zip(a, b, strict=True))
 
 
 @BOTH

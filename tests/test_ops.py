@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
-from oracle import Case, attention, make_dout, make_qkv, with_gradients, with_weights
+from oracle import Case, attention, make_dout, make_qkv, same, with_gradients, with_weights
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
@@ -286,7 +286,7 @@ def test_autocast(backend, dtype, compiled):
     with torch.autocast("cpu", dtype=dtype):
         out = f(*inputs)
     assert out.dtype == dtype
-    assert torch.equal(out, run(case, backend)(*(x.to(dtype) for x in inputs)))
+    assert same(backend, out, run(case, backend)(*(x.to(dtype) for x in inputs)))
     for x, g in zip(inputs, torch.autograd.grad(out.float().sum(), inputs), strict=True):
         assert g.dtype == x.dtype == torch.float32 and g.isfinite().all()
 
@@ -295,13 +295,13 @@ def test_autocast_brings_mixed_dtypes_together(backend):
     q, k, v = make_qkv(2, CASES[1].tokens, 2, 8)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = run(CASES[1], backend)(q, k.bfloat16(), v)
-    assert torch.equal(out, run(CASES[1], backend)(q.bfloat16(), k.bfloat16(), v.bfloat16()))
+    assert same(backend, out, run(CASES[1], backend)(q.bfloat16(), k.bfloat16(), v.bfloat16()))
 
 
 def test_autocast_switched_off_inside(backend):
     q, k, v = make_qkv(2, CASES[1].tokens, 2, 8)
     with torch.autocast("cpu", dtype=torch.bfloat16), torch.autocast("cpu", enabled=False):
-        assert torch.equal(run(CASES[1], backend)(q, k, v), run(CASES[1], backend)(q, k, v))
+        assert same(backend, run(CASES[1], backend)(q, k, v), run(CASES[1], backend)(q, k, v))
         assert run(CASES[1], backend)(q, k, v).dtype == torch.float32
 
 
@@ -311,7 +311,7 @@ def test_checkpoint(backend, case):
     dout = make_dout(inputs[0])
     expected = with_gradients(run(case, backend), *inputs, dout)
     got = with_gradients(lambda *a: checkpoint(run(case, backend), *a, use_reentrant=False), *inputs, dout)
-    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+    assert all(same(backend, a, b) for a, b in zip(got, expected, strict=True))
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
@@ -366,11 +366,11 @@ def test_inference_mode(backend):
     expected = run(CASES[0], backend)(q, k, v)
     with torch.inference_mode():
         out = run(CASES[0], backend)(*(x * 1 for x in (q, k, v)))
-    assert torch.equal(out, expected) and out.is_inference()
+    assert same(backend, out, expected) and out.is_inference()
 
 
 def test_parameters_and_no_grad(backend):
     inputs = [torch.nn.Parameter(x.contiguous()) for x in make_qkv(1, CASES[0].tokens, 2, 8)]
     with torch.no_grad():
         out = run(CASES[0], backend)(*inputs)
-    assert not out.requires_grad and torch.equal(out, run(CASES[0], backend)(*inputs))
+    assert not out.requires_grad and same(backend, out, run(CASES[0], backend)(*inputs))

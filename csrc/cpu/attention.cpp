@@ -9,8 +9,8 @@
 //     P = softmax(scale Q K^T)    O = P V      dV = P^T dO    dP = dO V^T    dS = P (dP - sum(P dP))
 //     dQ = scale dS K             dK = scale dS^T Q
 //
-// The class row belongs to many groups. Each group writes its share to the workspace and a last phase adds the shares in
-// group order, so that results do not depend on threads.
+// The class row belongs to many groups. Each group writes its share to the workspace and a last phase adds the shares
+// in group order, so that results do not depend on threads.
 #include "backward.h"
 
 #define TSK_STRING_(x) #x
@@ -23,10 +23,14 @@ namespace {
 template <class F>
 void with_dtype(const Job& job, F f) {
   switch (job.a->dtype) {
-    case TSK_F32: return f((float*)nullptr);
-    case TSK_BF16: return f((BFloat16*)nullptr);
-    case TSK_F16: return f((Half*)nullptr);
-    default: return f((double*)nullptr);
+    case TSK_F32:
+      return f((float*)nullptr);
+    case TSK_BF16:
+      return f((BFloat16*)nullptr);
+    case TSK_F16:
+      return f((Half*)nullptr);
+    default:
+      return f((double*)nullptr);
   }
 }
 

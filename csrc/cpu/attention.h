@@ -10,8 +10,8 @@ namespace tsk {
 // no result depends on the cut, so any number of threads gives the same bits.
 struct Job {
   const TskAttention* a;
-  int64_t G, L;      // groups, patches per group
-  bool cls_key;      // the class row is a key of every group
+  int64_t G, L;  // groups, patches per group
+  bool cls_key;  // the class row is a key of every group
   int64_t workers;
   void (*parallel)(const Job&, void (*body)(const Job&, int64_t worker));
 };

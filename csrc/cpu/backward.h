@@ -50,16 +50,16 @@ void backward_groups(const Job& job, int64_t worker) {
   const TskAttention& a = *job.a;
   Scratch<C> scratch = c.scratch_of(worker);
   const int64_t* tokens = c.sequence_tokens(scratch);
-  C* k = scratch.take(c.keys * c.Dp);     // [keys, Dp]
-  C* kt = scratch.take(c.D * c.Kp);       // [D, Kp]
-  C* vt = scratch.take(c.D * c.Kp);       // [D, Kp]
-  C* dk = scratch.take(c.keys * c.Dp);    // [keys, Dp]
-  C* dv = scratch.take(c.keys * c.Dp);    // [keys, Dp]
-  C* q = scratch.take(c.block * c.Dp);    // [block, Dp]
-  C* dout = scratch.take(c.block * c.Dp); // [block, Dp]
-  C* dq = scratch.take(c.block * c.Dp);   // [block, Dp]
-  C* p = scratch.take(c.block * c.Kp);    // [block, Kp]
-  C* ds = scratch.take(c.block * c.Kp);   // [block, Kp]
+  C* k = scratch.take(c.keys * c.Dp);      // [keys, Dp]
+  C* kt = scratch.take(c.D * c.Kp);        // [D, Kp]
+  C* vt = scratch.take(c.D * c.Kp);        // [D, Kp]
+  C* dk = scratch.take(c.keys * c.Dp);     // [keys, Dp]
+  C* dv = scratch.take(c.keys * c.Dp);     // [keys, Dp]
+  C* q = scratch.take(c.block * c.Dp);     // [block, Dp]
+  C* dout = scratch.take(c.block * c.Dp);  // [block, Dp]
+  C* dq = scratch.take(c.block * c.Dp);    // [block, Dp]
+  C* p = scratch.take(c.block * c.Kp);     // [block, Kp]
+  C* ds = scratch.take(c.block * c.Kp);    // [block, Kp]
   const bool global = a.cls == TSK_CLS_GLOBAL;
 
   c.items(worker, [&](int64_t b, int64_t g, int64_t h) {
@@ -75,12 +75,7 @@ void backward_groups(const Job& job, int64_t worker) {
 
     for (int64_t i0 = 0; i0 < c.queries; i0 += c.block) {
       const int64_t n = at_most(c.block, c.queries - i0);
-      for (int64_t i = 0; i < n; ++i) {  // the next head's rows, far apart in memory, arrive while this one computes
-        prefetch_row<T>(q_rows(i0 + i) + a.q.head, c.D);
-        prefetch_row<T>(k_rows(at_most(i0 + i, c.keys - 1)) + a.k.head, c.D);
-        prefetch_row<T>(v_rows(at_most(i0 + i, c.keys - 1)) + a.v.head, c.D);
-        prefetch_row<T>(dout_rows(i0 + i) + a.dout.head, c.D);
-      }
+      for (int64_t i = 0; i < n; ++i) claim_row<T>(dq_rows(i0 + i), c.D);
       for (int64_t i = 0; i < n; ++i) {
         const bool mean = c.cls_query && !global && i0 + i == 0;
         pack_row<T>(q + i * c.Dp, q_rows(i0 + i), c.D, c.scale);
@@ -115,10 +110,10 @@ void backward_groups(const Job& job, int64_t worker) {
           store_row<T>(dq_rows(i0 + i), dq + i * c.Dp, c.D, c.scale);
       }
     }
-    if (c.queries == 0) memset(dk, 0, c.keys * c.Dp * sizeof(C)), memset(dv, 0, c.keys * c.Dp * sizeof(C));
-
     const Rows<T> dk_rows = c.rows(a.dk, b, h, token, tokens, job.cls_key);
     const Rows<T> dv_rows = c.rows(a.dv, b, h, token, tokens, job.cls_key);
+    if (c.queries == 0) memset(dk, 0, c.keys * c.Dp * sizeof(C)), memset(dv, 0, c.keys * c.Dp * sizeof(C));
+
     if (job.cls_key) {
       store_row<C>(c.dk_cls + c.share(b, h, g), dk, c.Dp, C(1));
       store_row<C>(c.dv_cls + c.share(b, h, g), dv, c.Dp, C(1));

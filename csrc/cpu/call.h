@@ -12,7 +12,8 @@ TSK_INLINE int64_t round_up(int64_t n, int64_t m) { return (n + m - 1) / m * m; 
 TSK_INLINE int64_t largest(int64_t n, int64_t m) { return n > m ? n : m; }
 TSK_INLINE int64_t at_most(int64_t n, int64_t m) { return n < m ? n : m; }
 
-// --- rows of a tensor ---------------------------------------------------------------------------------------------------
+// --- rows of a tensor
+// ---------------------------------------------------------------------------------------------------
 
 template <class T>
 T* row_of(const TskTensor& x, int64_t b, int64_t h, int64_t token) {
@@ -25,14 +26,16 @@ struct Rows {
   T *cls, *patches;
   const int64_t* tokens;  // of the sequence, relative to the group's first patch
   int64_t stride;
-  T* operator()(int64_t i) const { return cls ? (i ? patches + tokens[i - 1] * stride : cls) : patches + tokens[i] * stride; }
+  T* operator()(int64_t i) const {
+    return cls ? (i ? patches + tokens[i - 1] * stride : cls) : patches + tokens[i] * stride;
+  }
 };
 
-// Asks for one row to be brought into the second-level cache; an address nobody owns does no harm.
+// Asks for the cache lines of a row that will be written a little later: the rows of a frame lie far apart in memory,
+// no stream that the hardware could foresee.
 template <class T>
-TSK_INLINE void prefetch_row(const T* x, int64_t D) {
-  for (const char *p = reinterpret_cast<const char*>(x), *end = reinterpret_cast<const char*>(x + D); p < end; p += 64)
-    __builtin_prefetch(p, 0, 2);
+TSK_INLINE void claim_row(const T* x, int64_t D) {
+  for (int64_t d = 0; d < D; d += 64 / int64_t(sizeof(T))) __builtin_prefetch(x + d, 1);
 }
 
 template <class T>
@@ -88,7 +91,8 @@ Compute<T> dot_row(const Compute<T>* x, const T* y, int64_t D) {
   return hsum<C>(sum);
 }
 
-// --- softmax --------------------------------------------------------------------------------------------------------------
+// --- softmax
+// --------------------------------------------------------------------------------------------------------------
 
 // s [n, padded] -> exp(s - top), zero from n on; returns the sum.
 template <class C>
@@ -105,8 +109,8 @@ C exp_row(C* s, int64_t n, C top) {
   return hsum<C>(sum);
 }
 
-// s [n, padded] -> exp(s - max), unnormalised, zero from n on; returns 1 / sum. A NaN, or a row of -inf, makes the whole
-// row NaN, as in eager.
+// s [n, padded] -> exp(s - max), unnormalised, zero from n on; returns 1 / sum. A NaN, or a row of -inf, makes the
+// whole row NaN, as in eager.
 template <class C>
 C softmax_row(C* s, int64_t n, C* top) {
   constexpr int W = kWidth<C>;
@@ -117,7 +121,8 @@ C softmax_row(C* s, int64_t n, C* top) {
   return C(1) / exp_row<C>(s, n, *top);
 }
 
-// --- one call -------------------------------------------------------------------------------------------------------------
+// --- one call
+// -------------------------------------------------------------------------------------------------------------
 
 template <class C>
 struct Scratch {  // bump allocation over the caller's workspace, in 64-byte steps
@@ -136,23 +141,35 @@ struct Call {
   const Job& job;
   const TskAttention& a;
   const int64_t B, G, L, H, D, Dp;
-  const int64_t keys;      // of a group: L + 1 with a class key
-  const int64_t Kp;        // keys, rounded up to whole vectors
-  const bool cls_query;    // the class row is a query of every group
-  const int64_t queries;   // of a group
-  const int64_t block;     // query rows at a time
-  const int64_t first;     // token row of the first patch
+  const int64_t keys;     // of a group: L + 1 with a class key
+  const int64_t Kp;       // keys, rounded up to whole vectors
+  const bool cls_query;   // the class row is a query of every group
+  const int64_t queries;  // of a group
+  const int64_t block;    // query rows at a time
+  const int64_t first;    // token row of the first patch
   const C scale;
-  C *dq_cls, *dk_cls, *dv_cls;  // [B, H, G, Dp] the groups' shares of the class row; forward uses dq_cls for its outputs
-  C* stats;                     // [B, H, 3] of the global class query: max, 1 / sum, sum(P dP)
+  C *dq_cls, *dk_cls,
+      *dv_cls;  // [B, H, G, Dp] the groups' shares of the class row; forward uses dq_cls for its outputs
+  C* stats;     // [B, H, 3] of the global class query: max, 1 / sum, sum(P dP)
   char* scratch;
   int64_t scratch_bytes, bytes;
 
   Call(const Job& j, bool backward)
-      : job(j), a(*j.a), B(a.batch), G(j.G), L(j.L), H(a.heads), D(a.head_dim), Dp(round_up(D, kWidth<C>)),
-        keys(L + j.cls_key), Kp(round_up(keys, kWidth<C>)),
-        cls_query(a.cls == TSK_CLS_PER_GROUP || (backward && a.cls == TSK_CLS_GLOBAL)), queries(L + cls_query),
-        block(at_most(kQueryRows, queries)), first(a.cls != TSK_CLS_NONE), scale(C(a.scale)) {
+      : job(j),
+        a(*j.a),
+        B(a.batch),
+        G(j.G),
+        L(j.L),
+        H(a.heads),
+        D(a.head_dim),
+        Dp(round_up(D, kWidth<C>)),
+        keys(L + j.cls_key),
+        Kp(round_up(keys, kWidth<C>)),
+        cls_query(a.cls == TSK_CLS_PER_GROUP || (backward && a.cls == TSK_CLS_GLOBAL)),
+        queries(L + cls_query),
+        block(at_most(kQueryRows, queries)),
+        first(a.cls != TSK_CLS_NONE),
+        scale(C(a.scale)) {
     Scratch<C> s{static_cast<char*>(a.workspace)};
     const int64_t share = B * H * G * Dp;
     dq_cls = s.take(cls_query ? share : 0);
@@ -162,7 +179,8 @@ struct Call {
     scratch = s.at;
     const int64_t pad = 64 / int64_t(sizeof(C));  // take() rounds up to 64 bytes
     const int64_t row = block * Dp + pad, square = block * Kp + pad, packed = keys * Dp + pad, turned = D * Kp + pad;
-    const int64_t by_block = backward ? 3 * packed + 2 * turned + 3 * row + 2 * square : packed + turned + 2 * row + square;
+    const int64_t by_block =
+        backward ? 3 * packed + 2 * turned + 3 * row + 2 * square : packed + turned + 2 * row + square;
     const int64_t by_short = 5 * packed;
     const int64_t by_class = 5 * (Dp + pad) + (a.cls == TSK_CLS_GLOBAL ? round_up(a.tokens, kWidth<C>) + pad : 0);
     const int64_t token_list = L * 8 / int64_t(sizeof(C)) + pad;
@@ -184,7 +202,8 @@ struct Call {
 
   int64_t group_token(int64_t g) const {  // row of the group's first patch
     const TskAxis* q = a.groups;
-    return first + g / (q[1].size * q[2].size) * q[0].step + g / q[2].size % q[1].size * q[1].step + g % q[2].size * q[2].step;
+    return first + g / (q[1].size * q[2].size) * q[0].step + g / q[2].size % q[1].size * q[1].step +
+           g % q[2].size * q[2].step;
   }
 
   Rows<T> rows(const TskTensor& x, int64_t b, int64_t h, int64_t token, const int64_t* tokens, bool with_cls) const {

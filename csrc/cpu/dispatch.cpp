@@ -31,7 +31,8 @@ int32_t fail(int32_t status, const char* format, Args... args) {
   return status;
 }
 
-// --- instruction sets ---------------------------------------------------------------------------------------------------
+// --- instruction sets
+// ---------------------------------------------------------------------------------------------------
 
 constexpr int kMaxIsas = 4;
 struct Isas {
@@ -68,7 +69,8 @@ const Isas& isas() {
 }
 const Kernels* current = isas().usable[0];
 
-// --- threads ------------------------------------------------------------------------------------------------------------
+// --- threads
+// ------------------------------------------------------------------------------------------------------------
 
 using Body = void (*)(int64_t begin, int64_t end, void* context);
 using ParallelFor = int32_t (*)(int64_t begin, int64_t end, int64_t grain, Body, void* context);
@@ -90,7 +92,8 @@ void parallel(const Job& job, void (*body)(const Job&, int64_t)) {
     run_range(0, job.workers, &phase);
 }
 
-// --- checks -------------------------------------------------------------------------------------------------------------
+// --- checks
+// -------------------------------------------------------------------------------------------------------------
 
 int64_t product(const TskAxis* axes) {
   int64_t n = 1;
@@ -110,8 +113,8 @@ int32_t prepare(const TskAttention* a, Job* job) {
   job->G = product(a->groups);
   job->L = product(a->sequence);
   if (job->G * job->L + (a->cls != TSK_CLS_NONE) != a->tokens)
-    return fail(TSK_INVALID, "a view of %lld x %lld patches does not fit %lld tokens", (long long)job->G, (long long)job->L,
-                (long long)a->tokens);
+    return fail(TSK_INVALID, "a view of %lld x %lld patches does not fit %lld tokens", (long long)job->G,
+                (long long)job->L, (long long)a->tokens);
   job->cls_key = a->cls >= TSK_CLS_PER_GROUP;
   // Below some 100 microseconds of work a second thread costs more than it brings.
   const double work = double(a->batch) * job->G * a->heads * (job->L + 1) * (job->L + 8) * a->head_dim;

@@ -12,11 +12,11 @@ void forward_groups(const Job& job, int64_t worker) {
   const TskAttention& a = *job.a;
   Scratch<C> scratch = c.scratch_of(worker);
   const int64_t* tokens = c.sequence_tokens(scratch);
-  C* kt = scratch.take(c.D * c.Kp);      // [D, Kp]
-  C* v = scratch.take(c.keys * c.Dp);    // [keys, Dp]
-  C* q = scratch.take(c.block * c.Dp);   // [block, Dp]
-  C* s = scratch.take(c.block * c.Kp);   // [block, Kp]
-  C* o = scratch.take(c.block * c.Dp);   // [block, Dp]
+  C* kt = scratch.take(c.D * c.Kp);     // [D, Kp]
+  C* v = scratch.take(c.keys * c.Dp);   // [keys, Dp]
+  C* q = scratch.take(c.block * c.Dp);  // [block, Dp]
+  C* s = scratch.take(c.block * c.Kp);  // [block, Kp]
+  C* o = scratch.take(c.block * c.Dp);  // [block, Dp]
 
   c.items(worker, [&](int64_t b, int64_t g, int64_t h) {
     const int64_t token = c.group_token(g);
@@ -29,11 +29,7 @@ void forward_groups(const Job& job, int64_t worker) {
 
     for (int64_t i0 = 0; i0 < c.queries; i0 += c.block) {
       const int64_t n = at_most(c.block, c.queries - i0);
-      for (int64_t i = 0; i < n; ++i) {  // the next head's rows, far apart in memory, arrive while this one computes
-        prefetch_row<T>(q_rows(i0 + i) + a.q.head, c.D);
-        prefetch_row<T>(k_rows(at_most(i0 + i, c.keys - 1)) + a.k.head, c.D);
-        prefetch_row<T>(v_rows(at_most(i0 + i, c.keys - 1)) + a.v.head, c.D);
-      }
+      for (int64_t i = 0; i < n; ++i) claim_row<T>(out_rows(i0 + i), c.D);
       C scale_o[kQueryRows], top;
       for (int64_t i = 0; i < n; ++i) pack_row<T>(q + i * c.Dp, q_rows(i0 + i), c.D, c.scale);
       gemm<C>(n, c.Kp, c.D, q, c.Dp, 1, kt, c.Kp, s, c.Kp, false);

@@ -3,8 +3,8 @@
 //
 // A sequence is a handful of rows, so rows are read where they lie and scores never leave the first-level cache. Scores
 // are dot products: W of them at a time keep W accumulators, and a tree of shuffles adds each accumulator's lanes into
-// one lane of the result, half a shuffle a product. Rows of scores have the fixed length LQ (4, 8 or 16); several fit one
-// vector and softmax treats them together. The products with P, dS and their transposes are ordinary tiles.
+// one lane of the result, half a shuffle a product. Rows of scores have the fixed length LQ (4, 8 or 16); several fit
+// one vector and softmax treats them together. The products with P, dS and their transposes are ordinary tiles.
 #pragma once
 #include "call.h"
 
@@ -12,14 +12,47 @@ namespace tsk::TSK_ISA {
 
 constexpr int64_t kShort = 16;
 
+// Half a transpose: the lower and the upper halves of x and y side by side, added. Halves are of 128-bit lanes
+// (kWithin), of the vector, or (kPairs) the even and the odd lanes: shuffles that every x86 does in one instruction.
+enum Fold { kWithin, kHalves, kPairs };
+template <class C, Fold FOLD>
+TSK_INLINE Vec<C> fold(Vec<C> x, Vec<C> y) {
+  constexpr int W = kWidth<C>, E = 16 / int(sizeof(C)), N = W / E;  // E elements in each of N lanes
+  Mask<C> low, high;
+#pragma GCC unroll 16
+  for (int i = 0; i < W; ++i) {
+    const int lane = i / E, e = i % E;
+    if (FOLD == kWithin) {
+      low[i] = lane * E + e / 2 + (e & 1) * W;
+      high[i] = low[i] + E / 2;
+    } else {
+      const int of_y = lane >= N / 2 ? W : 0, at = lane % (N / 2 ? N / 2 : 1);
+      low[i] = of_y + (FOLD == kHalves ? at : 2 * at) * E + e;
+      high[i] = low[i] + (FOLD == kHalves ? N / 2 : 1) * E;
+    }
+  }
+  return shuffle<C>(x, y, low) + shuffle<C>(x, y, high);
+}
+
 // Adds up the lanes of each of W vectors: lane e of the result is the sum of acc[e].
 template <class C>
-TSK_INLINE Vec<C> sum_lanes(Vec<C>* acc) {
+TSK_INLINE Vec<C> sum_lanes(const Vec<C>* acc) {
+  constexpr int E = 16 / int(sizeof(C)), N = kWidth<C> / E;
+  Vec<C> part[N];
 #pragma GCC unroll 4
-  for (int n = kWidth<C> / 2; n > 0; n /= 2)
-#pragma GCC unroll 8
-    for (int i = 0; i < n; ++i) acc[i] = zip<C>(acc[i], acc[i + n], false) + zip<C>(acc[i], acc[i + n], true);
-  return acc[0];
+  for (int n = 0; n < N; ++n) {
+    const Vec<C>* a = acc + n * E;
+    if constexpr (E == 4)
+      part[n] = fold<C, kWithin>(fold<C, kWithin>(a[0], a[2]), fold<C, kWithin>(a[1], a[3]));
+    else
+      part[n] = fold<C, kWithin>(a[0], a[1]);
+  }
+  if constexpr (N == 4)
+    return fold<C, kPairs>(fold<C, kHalves>(part[0], part[1]), fold<C, kHalves>(part[2], part[3]));
+  else if constexpr (N == 2)
+    return fold<C, kPairs>(part[0], part[1]);
+  else
+    return part[0];
 }
 
 // Rows held as C, zero-padded to whole vectors: the tensor itself where it already is that, else a packed copy.
@@ -127,12 +160,13 @@ TSK_INLINE void score_gradient_short(const C* p, C* ds, int64_t L, C scale) {
 
 // y [L rows] = w [L, L] m with element strides of w, straight to the tensor where its rows are whole vectors of C.
 template <class T>
-TSK_INLINE void mix(T* y, int64_t stride, const Compute<T>* w, int64_t w_row, int64_t w_col, const Matrix<Compute<T>>& m,
-                    int64_t L, int64_t D, Compute<T>* buffer) {
+TSK_INLINE void mix(T* y, int64_t stride, const Compute<T>* w, int64_t w_row, int64_t w_col,
+                    const Matrix<Compute<T>>& m, int64_t L, int64_t D, Compute<T>* buffer) {
   typedef Compute<T> C;
   const int64_t Dp = round_up(D, kWidth<C>);
   if constexpr (sizeof(T) == sizeof(C))
-    if (D % kWidth<C> == 0) return gemm<C>(L, D, L, w, w_row, w_col, m.data, m.stride, reinterpret_cast<C*>(y), stride, false);
+    if (D % kWidth<C> == 0)
+      return gemm<C>(L, D, L, w, w_row, w_col, m.data, m.stride, reinterpret_cast<C*>(y), stride, false);
   gemm<C>(L, Dp, L, w, w_row, w_col, m.data, m.stride, buffer, Dp, false);
   for (int64_t i = 0; i < L; ++i) store_row<T>(y + i * stride, buffer + i * Dp, D, C(1));
 }
@@ -155,15 +189,6 @@ void short_groups(const Job& job, int64_t worker, bool backward) {
     const auto mix_into = [&](const TskTensor& y, const C* w, int64_t row, int64_t col, const Matrix<C>& m) {
       mix<T>(row_of<T>(y, b, h, token), step * y.token, w, row, col, m, L, D, packed[4]);
     };
-    if (g + 1 < c.G) {  // the rows of a group are too short a run for the hardware to foresee the next group's
-      const int64_t next = c.group_token(g + 1);
-      for (int64_t i = 0; i < L; ++i) {
-        prefetch_row<T>(row_of<T>(a.q, b, h, next + i * step), D);
-        prefetch_row<T>(row_of<T>(a.k, b, h, next + i * step), D);
-        prefetch_row<T>(row_of<T>(a.v, b, h, next + i * step), D);
-        if (backward) prefetch_row<T>(row_of<T>(a.dout, b, h, next + i * step), D);
-      }
-    }
     const Matrix<C> q = matrix(a.q, packed[0]), k = matrix(a.k, packed[1]), v = matrix(a.v, packed[2]);
     dots<C, LQ>(p, q, k, L, Dp);
     softmax_short<C, LQ>(p, L, c.scale);

@@ -79,7 +79,8 @@ TSK_INLINE void store(C* p, Vec<C> v) {
   memcpy(p, &v, sizeof v);
 }
 
-// --- conversions ------------------------------------------------------------------------------------------------------
+// --- conversions
+// ------------------------------------------------------------------------------------------------------
 
 TSK_INLINE float bits_to_float(uint32_t u) {
   float f;
@@ -122,7 +123,8 @@ TSK_INLINE void from_compute(Half& y, float x) {
   }
 }
 
-// Whole vectors. The generic form is right for every type; the overloads below are the same thing in fewer instructions.
+// Whole vectors. The generic form is right for every type; the overloads below are the same thing in fewer
+// instructions.
 template <class T>
 TSK_INLINE Vec<Compute<T>> load_as(const T* p) {
   Vec<Compute<T>> v;
@@ -199,7 +201,8 @@ TSK_INLINE void store_as(BFloat16* p, Vec<float> v) {
 }
 #endif
 
-// --- reductions and lanes -----------------------------------------------------------------------------------------------
+// --- reductions and lanes
+// -----------------------------------------------------------------------------------------------
 
 template <class C>
 TSK_INLINE Vec<C> max(Vec<C> a, Vec<C> b) {
@@ -276,7 +279,8 @@ TSK_INLINE void transpose(Vec<C>* r) {
   }
 }
 
-// --- exp ------------------------------------------------------------------------------------------------------------------
+// --- exp
+// ------------------------------------------------------------------------------------------------------------------
 
 // exp(x) for x <= 0, relative error below 2e-7; exactly 0 under -87.3 (and so for -inf), NaN for NaN.
 // x = n ln2 + r with n rounded to nearest, |r| <= ln2 / 2; the polynomial is fitted (minimax, degree 6) to that range.

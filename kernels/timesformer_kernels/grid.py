@@ -202,7 +202,9 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
         if not isinstance(x, Tensor):
             raise TypeError(f"{name}: got {type(x).__name__}, expected a torch.Tensor")
         if x.dim() != 4:
-            raise ValueError(f"{name}: got shape {tuple(x.shape)}, expected 4 dimensions (batch, tokens, heads, head_dim)")
+            raise ValueError(
+                f"{name}: got shape {tuple(x.shape)}, expected 4 dimensions (batch, tokens, heads, head_dim)"
+            )
         if x.shape != q.shape:
             raise ValueError(f"{name}: got shape {tuple(x.shape)}, expected the shape of q, {tuple(q.shape)}")
         if x.dtype != q.dtype:

@@ -49,7 +49,10 @@ def library() -> tuple[ctypes.CDLL | None, str | None]:
     except (OSError, AttributeError) as error:
         return None, f"the CPU library does not load ({error}); reinstall the package"
     if versions != (ABI_VERSION, _PARAMS.size):
-        return None, f"the CPU library has ABI {versions}, this Python code needs {ABI_VERSION, _PARAMS.size}; reinstall"
+        return (
+            None,
+            f"the CPU library has ABI {versions}, this Python code needs {ABI_VERSION, _PARAMS.size}; reinstall",
+        )
     for name in ("tsk_last_error", "tsk_isa", "tsk_isas"):
         getattr(lib, name).restype = ctypes.c_char_p
     lib.tsk_attn_workspace.restype = ctypes.c_int64

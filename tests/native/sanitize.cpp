@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Runs the exported C functions under AddressSanitizer and UBSan. Every tensor is a heap block of exactly its size, so a
-// load or store one element outside is an error. Built and fed by tests/test_memory_safety.py; one case per input line:
+// Runs the exported C functions under AddressSanitizer and UBSan. Every tensor is a heap block of exactly its size, so
+// a load or store one element outside is an error. Built and fed by tests/test_memory_safety.py; one case per input
+// line:
 //     dtype cls weights batch tokens heads head_dim  (size step) x 3 groups  (size step) x 3 sequence
 // Exit code 0 when every result is finite; a sanitizer ends the process with its own report.
 #include <cmath>
@@ -85,10 +86,12 @@ int run(const std::string& line) {
   const int64_t row = a.heads * a.head_dim, n = a.batch * a.tokens * row;
   // q, k, v lie packed in one block as a model's projection leaves them: the last row of v ends with the block.
   Block packed = make(a.dtype, 3 * n, true), dout = make(a.dtype, n, true);
-  Block results[] = {make(a.dtype, n, false), make(a.dtype, n, false), make(a.dtype, n, false), make(a.dtype, n, false)};
+  Block results[] = {make(a.dtype, n, false), make(a.dtype, n, false), make(a.dtype, n, false),
+                     make(a.dtype, n, false)};
   TskTensor* inputs[] = {&a.q, &a.k, &a.v};
   for (int i = 0; i < 3; ++i)
-    *inputs[i] = {static_cast<char*>(packed.get()) + i * row * item_size(a.dtype), a.tokens * 3 * row, 3 * row, a.head_dim};
+    *inputs[i] = {static_cast<char*>(packed.get()) + i * row * item_size(a.dtype), a.tokens * 3 * row, 3 * row,
+                  a.head_dim};
   a.dout = {dout.get(), a.tokens * row, row, a.head_dim};
   TskTensor* outputs[] = {&a.out, &a.dq, &a.dk, &a.dv};
   for (int i = 0; i < 4; ++i) *outputs[i] = {results[i].get(), a.tokens * row, row, a.head_dim};

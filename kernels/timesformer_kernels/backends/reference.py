@@ -44,7 +44,7 @@ def _wide(*tensors: Tensor) -> list[Tensor]:
 
 def _put(rows: Tensor, values: Tensor, like: Tensor) -> Tensor:
     """values [B, G, L, H, D] added into their token rows: [B, S, H, D]."""
-    return torch.zeros_like(like).index_add(1, rows.flatten(), values.flatten(1, 2))
+    return like.new_zeros(like.shape).index_add(1, rows.flatten(), values.flatten(1, 2))
 
 
 def attend(
@@ -67,7 +67,7 @@ def attend(
             return attend(q, k, v, view, scale, cls_weights, dropout_p, average_cls)
     dtype = q.dtype
     q, k, v = _wide(q, k, v)
-    out = torch.zeros_like(q)
+    out = q.new_zeros(q.shape)
     for queries, keys in _parts(view, q.shape[1], q.device):
         p = (einsum("bglhd,bgmhd->bghlm", q[:, queries], k[:, keys]) * scale).softmax(-1)
         o = einsum("bghlm,bgmhd->bglhd", dropout(p, dropout_p), v[:, keys])

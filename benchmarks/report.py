@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The README's tables from a committed result: `python benchmarks/report.py benchmarks/results/FILE.json`.
+
+Times are medians of interleaved rounds, ratios are between rows of one group of one run. Needs no package at all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+NEEDED = ("kind", "op", "row", "shape", "dtype", "direction", "chip", "threads", "torch", "interleaved_median_ms")
+ABSENT = "–"
+
+
+def load(path: Path) -> dict:
+    """The JSON of pytest-benchmark. Raises ValueError naming the file and what is wrong with it."""
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"file: cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise ValueError(f"file: {path} is not JSON: {error}") from error
+    rows = result.get("benchmarks") if isinstance(result, dict) else None
+    if not rows:
+        raise ValueError(f"file: {path} holds no benchmarks, expected a file written by --benchmark-json")
+    for row in rows:
+        missing = [name for name in NEEDED if name not in row.get("extra_info", {})]
+        if missing:
+            raise ValueError(f"file: {path}: {row.get('name')} lacks {', '.join(missing)}")
+        if row["extra_info"]["kind"] not in TABLES:
+            kind = row["extra_info"]["kind"]
+            raise ValueError(f"file: {path}: {row.get('name')} has kind {kind!r}, expected one of {', '.join(TABLES)}")
+    return result
+
+
+def groups(result: dict) -> dict[str, dict[str, dict]]:
+    """{group: {row: extra_info}}, in the order of the file."""
+    found: dict[str, dict[str, dict]] = {}
+    for bench in result["benchmarks"]:
+        found.setdefault(bench["group"], {})[bench["extra_info"]["row"]] = bench["extra_info"]
+    return found
+
+
+def ratio(rows: dict[str, dict], other: str, row: str) -> str:
+    """How many times as long `other` takes as `row`."""
+    if other not in rows:
+        return ABSENT
+    return f"{rows[other]['interleaved_median_ms'] / rows[row]['interleaved_median_ms']:.2f}"
+
+
+def share(rows: dict[str, dict], row: str) -> str:
+    """Of the bandwidth at which a plain copy moves the bytes that a kernel must move."""
+    if "copy" not in rows:
+        return ABSENT
+    return f"{rows['copy']['interleaved_median_ms'] / rows[row]['interleaved_median_ms']:.0%}"
+
+
+def number(value: float | None, form: str) -> str:
+    return ABSENT if value is None else format(value, form)
+
+
+def table(header: list[str], lines: list[list[str]]) -> str:
+    rule = ["---"] + ["---:"] * (len(header) - 1)
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *lines))
+
+
+def caption(rows: dict[str, dict], result: dict) -> str:
+    """Chip, dtype, shape, threads, date, torch version, command: what a number means nothing without."""
+    facts = next(iter(rows.values()))
+    instructions = f" ({facts['isa']})" if facts.get("isa") else ""
+    threads = f"{facts['threads']} thread{'s' if facts['threads'] != 1 else ''}"
+    date = result.get("datetime", "")[:10] or "date unknown"
+    command = result.get("machine_info", {}).get("command", "pytest benchmarks/ --benchmark-only")
+    title = f"{facts['op'][0].upper()}{facts['op'][1:]}, {facts['direction']}, {facts['dtype']}"
+    return (
+        f"**{title}.** {facts['shape']}; {facts['chip']}{instructions}, {threads}; torch {facts['torch']}; {date}; "
+        f"`{command}`"
+    )
+
+
+def attention(rows: dict[str, dict]) -> str:
+    """Ratios above 1: so many times faster than that row."""
+    header = ["", "median ms", "x sdpa", "x eager", "copy bandwidth", "max error", "max error of gradients"]
+    with_gradients = any(info.get("max_err_grad") is not None for info in rows.values())
+    lines = []
+    for row, info in rows.items():
+        cells = [row, f"{info['interleaved_median_ms']:.2f}"]
+        cells += [ratio(rows, "sdpa", row), ratio(rows, "eager", row), share(rows, row)]
+        # A copy computes nothing that could be wrong.
+        errors = [None if row == "copy" else info.get(name) for name in ("max_err", "max_err_grad")]
+        lines.append(cells + [number(error, ".1e") for error in errors[: 1 + with_gradients]])
+    return table(header[: 6 + with_gradients], lines)
+
+
+def model(rows: dict[str, dict]) -> str:
+    header = ["", "median ms", "x time of the products", "x time of huggingface", "peak MiB", "x memory of huggingface"]
+    products, theirs = rows.get("products"), rows.get("huggingface", {})
+    lines = []
+    for row, info in rows.items():
+        time, peak = info["interleaved_median_ms"], info.get("peak_bytes")
+        beside = [
+            number(time / other["interleaved_median_ms"] if other else None, ".2f") for other in (products, theirs)
+        ]
+        memory = peak / theirs["peak_bytes"] if peak and theirs.get("peak_bytes") else None
+        mib = number(peak / 2**20 if peak else None, ".1f")
+        lines.append([row, f"{time:.1f}", *beside, mib, number(memory, ".0%")])
+    return table(header, lines)
+
+
+def overhead(rows: dict[str, dict]) -> str:
+    lines = [[row, f"{info['interleaved_median_ms'] * 1e3:.1f}"] for row, info in rows.items()]
+    return table(["", "microseconds per call"], lines)
+
+
+TABLES = {"attention": attention, "model": model, "overhead": overhead}
+
+
+def render(result: dict) -> str:
+    """Every group as a caption and a table, in markdown."""
+    parts = []
+    for rows in groups(result).values():
+        kind = next(iter(rows.values()))["kind"]
+        parts.append(caption(rows, result) + "\n\n" + TABLES[kind](rows))
+    return "\n\n".join(parts)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split(":")[0] + ".")
+    parser.add_argument("file", type=Path, help="JSON written by --benchmark-json")
+    try:
+        print(render(load(parser.parse_args(argv).file)))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
