@@ -135,14 +135,13 @@ def check_products(bench):
 
 
 def peak_bytes(call, folder):
-    """The most bytes that torch's allocator holds at once during a call, beyond what it held before.
+    """The most bytes that torch's allocator holds at once during a call that has run before, beyond what it held then.
 
     From the trace of the profiler, not from the resident set: ru_maxrss never falls, so that the building of the model
     hides a forward, and pages that malloc keeps for reuse look free or taken as history has it. The trace repeats
     to the byte, includes the workspaces of our kernels (they are tensors), and on both sides leaves out what MKL and
     oneDNN take inside a product.
     """
-    call()
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         call()

@@ -64,8 +64,8 @@ def interleave(
 
     Rounds fill the budget of `seconds` as far as `least` and `most` allow. Warm-up takes several calls: glibc's malloc
     only learns from frees to keep large blocks, until when every fresh output is page-faulted in anew. The order within
-    a round is shuffled, so that no row always inherits the caches of the same neighbour. Caches are those that another
-    row left behind, as a model's are; the sequential table of pytest-benchmark finds a row's own tensors in them.
+    a round is shuffled, so that no row always inherits the caches of the same neighbour. Caches hold what another row
+    left behind; in the sequential table of pytest-benchmark they hold a row's own tensors, and short rows look faster.
     """
     order, shuffle = list(candidates), random.Random(0).shuffle
 
@@ -154,7 +154,7 @@ def compare(benchmark, request, measured):
     interleaved medians of the group in seconds, or None under --benchmark-disable, where the row is called once.
     """
 
-    def run(row, candidates, *, dtype, group, grad, info, table_seconds=0.5, number=1, **options):
+    def run(row, candidates, *, dtype, group, grad, info, table_seconds=0.3, number=1, **options):
         benchmark.group = group
         tiny = request.config.getoption("--tiny", False)
         with torch.set_grad_enabled(grad):

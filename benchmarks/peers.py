@@ -164,15 +164,26 @@ class Problem:
         return _timed(core, operands, do.contiguous(), direction)
 
     def _copy(self, direction: str) -> Row:
-        """Half of the bytes are read, half written."""
-        source = torch.randn(self.nbytes(direction) // (2 * self.dtype.itemsize)).to(self.dtype)
-        target = torch.empty_like(source)
+        """Half of the bytes are read, half written. Reads the operands of the other rows: memory of its own would be
+        colder than theirs, and a slow copy flatters every share of its bandwidth."""
+        source, left = self.packed.flatten(), self.nbytes(direction) // (2 * self.dtype.itemsize)
+        pairs = []
+        while left:  # the backward moves more than the operands hold: they are read again
+            part = source[:left]
+            pairs.append((torch.empty_like(part), part))
+            left -= len(part)
+
+        def call():
+            for target, part in pairs:
+                target.copy_(part)
 
         def check():
-            assert torch.equal(target.copy_(source), source)
+            call()
+            assert all(torch.equal(target, part) for target, part in pairs)
+            assert 2 * sum(target.nbytes for target, _ in pairs) == self.nbytes(direction)
             return {"out": 0.0}
 
-        return Row(lambda: target.copy_(source), check)
+        return Row(call, check)
 
     def _check(self, run: Callable, direction: str) -> dict[str, float]:
         leaf = self.packed.detach().requires_grad_(direction != "forward")

@@ -2,6 +2,8 @@
 """The registered ops under everything torch does to an op: compile, export, torch.func, autocast, checkpoint, modes."""
 
 import io
+import subprocess
+import sys
 from dataclasses import replace
 from functools import partial
 
@@ -14,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from torch.utils.flop_counter import FlopCounterMode
 
+import timesformer_kernels.flops  # noqa: F401  before any FlopCounterMode
 from timesformer_kernels import available_backends, grid_attention, registry, space_attention, time_attention
 
 OP = torch.ops.timesformer_kernels.attn_fwd.default
@@ -350,6 +353,25 @@ def test_meta_tensors(fused):
     x = torch.randn(2, 1 + 6 * 4, 3, 2, 8, device="meta").unbind(2)
     out = space_attention(*x, frames=4)
     assert out.device.type == "meta" and out.shape == (2, 25, 2, 8) and out.is_contiguous()
+
+
+def test_flop_counter_opened_before_the_formulas_warns(fused):
+    """The formulas load with the counter or by import, never with the package: the counter imports Triton."""
+    program = f"""
+import sys, warnings, torch, timesformer_kernels
+assert "torch.utils.flop_counter" not in sys.modules
+from torch.utils.flop_counter import FlopCounterMode
+q = torch.ones(1, 9, 1, 8)
+def count():
+    with FlopCounterMode(display=False) as mode, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        timesformer_kernels.time_attention(q, q, q, frames=4, backend={fused!r})
+    return mode.get_total_flops(), [str(w.message) for w in caught if "FlopCounterMode" in str(w.message)]
+flops, caught = count()
+assert flops == 0 and len(caught) == 1 and "timesformer_kernels.flops" in caught[0], (flops, caught)
+assert count() == (2 * 4 * 4 * 4 * 8, []), count()
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 def test_flop_counter_sees_the_op(fused):

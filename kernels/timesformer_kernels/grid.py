@@ -141,7 +141,7 @@ def _merged(pairs):
 
 
 def make_view(scheme: Scheme, grid: tuple[int, int, int], cls: str, order: str = "space_major") -> View:
-    """The view of `scheme` on `grid` = (height, width, frames); arguments are checked elsewhere, sizes may be symbolic."""
+    """The view of `scheme` on `grid` = (height, width, frames), arguments unchecked, sizes possibly symbolic."""
     height, width, frames = grid
     steps = (width * frames, frames, 1) if order == "space_major" else (width, 1, height * width)
     groups, sequence = [], []

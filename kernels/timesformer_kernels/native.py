@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import json
 import struct
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 import torch
@@ -23,8 +23,9 @@ HERE = Path(__file__).parent
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 CLS_CODES = {"none": 0, "exclude": 1, "per_group": 2, "key": 3, "global": 4}
 
-# struct TskAttention, field for field: eight tensors {pointer, strides of batch, token, head}; groups and sequence, each
-# MAX_AXES pairs {size, step}; batch, tokens, heads, head_dim; scale; cls_weights, workspace, max_threads; dtype, cls.
+# struct TskAttention, field for field: eight tensors {pointer, strides of batch, token, head}; groups and sequence,
+# MAX_AXES pairs {size, step} each; batch, tokens, heads, head_dim; scale; cls_weights, workspace, max_threads; dtype and
+# cls codes.
 _PARAMS = struct.Struct("32q" + f"{4 * MAX_AXES}q" + "4q" + "d" + "3q" + "2i")
 _NO_TENSOR = (0, 0, 0, 0)
 
@@ -36,7 +37,7 @@ def build_info() -> dict:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
-@lru_cache(maxsize=None)
+@cache
 def library() -> tuple[ctypes.CDLL | None, str | None]:
     """(the CPU library, None), or (None, the reason why it is missing)."""
     path = HERE / "_cpu.so"
@@ -63,7 +64,7 @@ def library() -> tuple[ctypes.CDLL | None, str | None]:
 
 
 def _lend_threads(lib) -> None:
-    """Give the library torch's own thread pool: torch.set_num_threads is honoured and no second OpenMP runtime loaded."""
+    """Give the library torch's own threads: torch.set_num_threads is honoured, no second OpenMP runtime is loaded."""
     for name in ("libtorch_cpu.so", "libtorch_cpu.dylib"):
         path = Path(torch.__file__).parent / "lib" / name
         try:

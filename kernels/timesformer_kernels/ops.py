@@ -3,7 +3,7 @@
 
 A call takes one of three ways to the same backend:
 
-- the registered op `timesformer_kernels::attn_fwd`, whenever something watches or wraps the call (torch.compile, export,
+- the registered op `timesformer_kernels::attn_fwd`, where something watches or wraps the call (torch.compile, export,
   fake tensors, FLOP counters, selective checkpointing, tensor subclasses);
 - an autograd.Function, in plain eager mode: a third of the op's cost per call;
 - the bare function, when no gradient is wanted.
@@ -15,12 +15,13 @@ are refused; backend="reference" is ordinary differentiable torch code and has t
 from __future__ import annotations
 
 import math
+import sys
+import warnings
 
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch.nn import Parameter
-from torch.utils.flop_counter import register_flop_formula
 
 from . import backends as _backends  # noqa: F401  registers them
 from . import grid, registry
@@ -128,21 +129,6 @@ torch.library.register_vmap(f"{NAMESPACE}::attn_fwd", _vmap(3, ATTN_FWD), lib=LI
 torch.library.register_vmap(f"{NAMESPACE}::attn_bwd", _vmap(4, ATTN_BWD), lib=LIBRARY)
 
 
-@register_flop_formula(torch.ops.timesformer_kernels.attn_fwd)
-def _forward_flops(q, k, v, groups, sequence, cls, *_, out_shape=None, **__) -> int:
-    """Two products of 2 head_dim FLOP for each query-key pair."""
-    (batch, tokens, heads, head_dim), view = q, View.from_flat(groups, sequence, cls)
-    queries = view.length + (cls == "per_group")
-    pairs = view.num_groups * queries * (view.length + (cls in ("per_group", "key", "global")))
-    return 4 * batch * heads * head_dim * (pairs + (tokens if cls == "global" else 0))
-
-
-@register_flop_formula(torch.ops.timesformer_kernels.attn_bwd)
-def _backward_flops(dout, *args, **kwargs) -> int:
-    """Five products against two: the scores once more, dP, dV, dQ and dK."""
-    return _forward_flops(*args, **kwargs) * 5 // 2
-
-
 # --- mount 2: autograd.Functions over the bare functions -------------------------------------------------------------
 
 
@@ -190,6 +176,23 @@ def _needs_op(q, k, v) -> bool:
     )
 
 
+_FLOP_COUNTER = "torch.utils.flop_counter"
+if _FLOP_COUNTER in sys.modules:
+    from . import flops as _flops  # noqa: F401
+
+
+def _watched() -> None:
+    """Refuse, or warn, before an observer is told something wrong."""
+    if forward_ad._current_level >= 0:
+        raise NotImplementedError("forward-mode AD of fused attention is not implemented; use backend='reference'")
+    if _FLOP_COUNTER in sys.modules and f"{__package__}.flops" not in sys.modules:
+        warnings.warn(
+            "a FlopCounterMode that is open now does not count attention: import timesformer_kernels.flops before it",
+            stacklevel=4,
+        )
+        from . import flops  # noqa: F401  for the next one
+
+
 def _checked(q, k, v) -> tuple[Tensor, Tensor, Tensor]:
     """q, k, v in the dtype of autocast, where that is on, and checked."""
     if isinstance(q, Tensor) and q.device.type != "meta" and torch.is_autocast_enabled(q.device.type):
@@ -218,8 +221,8 @@ def _attend(q, k, v, view: View, scale, backend: str, cls_weights=None) -> Tenso
             "cls_weights: got a tensor that requires grad, expected a constant; backend='reference' has its gradient"
         )
     if _needs_op(q, k, v):
-        if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
-            raise NotImplementedError("forward-mode AD of fused attention is not implemented; use backend='reference'")
+        if not torch.compiler.is_compiling():
+            _watched()
         return ATTN_FWD(q, k, v, *view.flat(), view.cls, scale, backend, cls_weights)
     chosen = _backend(q, backend)
     if chosen is reference.BACKEND:

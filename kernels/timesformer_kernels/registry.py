@@ -48,7 +48,7 @@ def get(name: str) -> Backend:
 
 @lru_cache(maxsize=1024)
 def resolve(name: str, device_type: str, dtype: torch.dtype, head_dim: int) -> Backend:
-    """The backend that serves a call: for "auto" the first that can, for a name that one or RuntimeError with its reason."""
+    """The backend that serves a call: for "auto" the first that can; a named one, or RuntimeError with its reason."""
     if name == "auto":  # the reference, last in the list, runs anywhere
         return next(b for b in _BACKENDS.values() if b.why_not(device_type, dtype, head_dim) is None)
     backend = get(name)
