@@ -7,6 +7,7 @@ own table times one row after the other; the figures of record are the medians o
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import random
 import shlex
@@ -62,8 +63,7 @@ def interleave(
 ) -> dict[str, list[float]]:
     """Seconds per call of every candidate, one sample of `number` calls per round; each round calls all once.
 
-    Rounds fill the budget of `seconds` as far as `least` and `most` allow. Warm-up takes several calls: glibc's malloc
-    only learns from frees to keep large blocks, until when every fresh output is page-faulted in anew. The order within
+    Rounds fill the budget of `seconds` as far as `least` and `most` allow. The order within
     a round is shuffled, so that no row always inherits the caches of the same neighbour. Caches hold what another row
     left behind; in the sequential table of pytest-benchmark they hold a row's own tensors, and short rows look faster.
     """
@@ -109,8 +109,21 @@ def threads(request):
     torch.set_num_threads(before)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def allocator():
+    """Let malloc keep what is freed, for every row alike, as torch's CUDA allocator does.
+
+    By default glibc hands large blocks back to the kernel, and a fresh 5 MB output then costs a millisecond of page
+    faults, or not, by what the rows before it have freed: more than the attention that is to be timed.
+    """
+    trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    kept = bool(mallopt and mallopt(mmap_threshold, 1 << 30) and mallopt(trim_threshold, (1 << 31) - 1))
+    return "keeps freed memory" if kept else "default"
+
+
 @pytest.fixture(scope="session")
-def machine(threads):
+def machine(threads, allocator):
     """machine(dtype) -> what every row records: device, versions, and rates that a plain copy and a product reach."""
     from cpuinfo import get_cpu_info  # comes with pytest-benchmark; takes a second
 
@@ -121,6 +134,7 @@ def machine(threads):
         "torch_isa": torch.backends.cpu.get_cpu_capability(),
         "torch": torch.__version__,
         "threads": threads,
+        "allocator": allocator,
     }
     rates = {}
 

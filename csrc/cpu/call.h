@@ -31,8 +31,12 @@ struct Rows {
   }
 };
 
-// Asks for the cache lines of a row that will be written a little later: the rows of a frame lie far apart in memory,
-// no stream that the hardware could foresee.
+// Rows of a sequence lie far apart in memory, no stream that the hardware could foresee. Ask for the lines of a row
+// that will be read soon (into the second level), or written soon. An address nobody owns does no harm.
+template <class T>
+TSK_INLINE void expect_row(const T* x, int64_t D) {
+  for (int64_t d = 0; d < D; d += 64 / int64_t(sizeof(T))) __builtin_prefetch(x + d, 0, 2);
+}
 template <class T>
 TSK_INLINE void claim_row(const T* x, int64_t D) {
   for (int64_t d = 0; d < D; d += 64 / int64_t(sizeof(T))) __builtin_prefetch(x + d, 1);

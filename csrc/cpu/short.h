@@ -189,6 +189,19 @@ void short_groups(const Job& job, int64_t worker, bool backward) {
     const auto mix_into = [&](const TskTensor& y, const C* w, int64_t row, int64_t col, const Matrix<C>& m) {
       mix<T>(row_of<T>(y, b, h, token), step * y.token, w, row, col, m, L, D, packed[4]);
     };
+    const auto each_row = [&](const TskTensor& x, int64_t at, void (*ask)(const T*, int64_t)) {
+      const T* row = row_of<T>(x, b, h, at);
+      for (int64_t i = 0; i < L; ++i, row += step * x.token) ask(row, D);
+    };
+    if (g + 1 < c.G) {
+      const int64_t next = c.group_token(g + 1);
+      each_row(a.q, next, expect_row<T>), each_row(a.k, next, expect_row<T>), each_row(a.v, next, expect_row<T>);
+      if (backward) each_row(a.dout, next, expect_row<T>);
+    }
+    if (backward)
+      each_row(a.dv, token, claim_row<T>), each_row(a.dq, token, claim_row<T>), each_row(a.dk, token, claim_row<T>);
+    else
+      each_row(a.out, token, claim_row<T>);
     const Matrix<C> q = matrix(a.q, packed[0]), k = matrix(a.k, packed[1]), v = matrix(a.v, packed[2]);
     dots<C, LQ>(p, q, k, L, Dp);
     softmax_short<C, LQ>(p, L, c.scale);

@@ -24,8 +24,8 @@ DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.floa
 CLS_CODES = {"none": 0, "exclude": 1, "per_group": 2, "key": 3, "global": 4}
 
 # struct TskAttention, field for field: eight tensors {pointer, strides of batch, token, head}; groups and sequence,
-# MAX_AXES pairs {size, step} each; batch, tokens, heads, head_dim; scale; cls_weights, workspace, max_threads; dtype and
-# cls codes.
+# MAX_AXES pairs {size, step} each; batch, tokens, heads, head_dim; scale; cls_weights, workspace, max_threads;
+# dtype and cls codes.
 _PARAMS = struct.Struct("32q" + f"{4 * MAX_AXES}q" + "4q" + "d" + "3q" + "2i")
 _NO_TENSOR = (0, 0, 0, 0)
 
