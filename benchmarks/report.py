@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The README's tables from a committed result: `python benchmarks/report.py benchmarks/results/FILE.json`.
 
-Times are medians of interleaved rounds, ratios are between rows of one group of one run. Needs no package at all.
+Cold: medians of interleaved rounds, in which every call finds its operands gone from the near caches, as in a model.
+Warm: medians of one row called again and again. Ratios are between rows of one group of one run. Needs no package.
 """
 
 from __future__ import annotations
@@ -40,22 +41,15 @@ def groups(result: dict) -> dict[str, dict[str, dict]]:
     """{group: {row: extra_info}}, in the order of the file."""
     found: dict[str, dict[str, dict]] = {}
     for bench in result["benchmarks"]:
-        found.setdefault(bench["group"], {})[bench["extra_info"]["row"]] = bench["extra_info"]
+        info = {**bench["extra_info"], "warm_median_ms": bench.get("stats", {}).get("median", 0) * 1e3 or None}
+        found.setdefault(bench["group"], {})[info["row"]] = info
     return found
 
 
-def ratio(rows: dict[str, dict], other: str, row: str) -> str:
-    """How many times as long `other` takes as `row`."""
-    if other not in rows:
-        return ABSENT
-    return f"{rows[other]['interleaved_median_ms'] / rows[row]['interleaved_median_ms']:.2f}"
-
-
-def share(rows: dict[str, dict], row: str) -> str:
-    """Of the bandwidth at which a plain copy moves the bytes that a kernel must move."""
-    if "copy" not in rows:
-        return ABSENT
-    return f"{rows['copy']['interleaved_median_ms'] / rows[row]['interleaved_median_ms']:.0%}"
+def ratio(rows: dict[str, dict], other: str, row: str, time: str, form: str = ".2f") -> str:
+    """How many times as long `other` takes as `row`, by `time`, cold or warm."""
+    ours, theirs = rows[row].get(time), rows.get(other, {}).get(time)
+    return number(theirs / ours if ours and theirs else None, form)
 
 
 def number(value: float | None, form: str) -> str:
@@ -70,29 +64,33 @@ def table(header: list[str], lines: list[list[str]]) -> str:
 def caption(rows: dict[str, dict], result: dict) -> str:
     """Chip, dtype, shape, threads, date, torch version, command: what a number means nothing without."""
     facts = next(iter(rows.values()))
-    instructions = f" ({facts['isa']})" if facts.get("isa") else ""
     threads = f"{facts['threads']} thread{'s' if facts['threads'] != 1 else ''}"
-    date = result.get("datetime", "")[:10] or "date unknown"
+    setting = [facts["shape"], facts["chip"] + (f" ({facts['isa']})" if facts.get("isa") else ""), threads]
+    setting.append(f"torch {facts['torch']}")
+    if facts.get("allocator"):
+        setting.append(f"malloc {facts['allocator']}")
+    setting += [result.get("datetime", "")[:10] or "date unknown"]
     command = result.get("machine_info", {}).get("command", "pytest benchmarks/ --benchmark-only")
     title = f"{facts['op'][0].upper()}{facts['op'][1:]}, {facts['direction']}, {facts['dtype']}"
-    return (
-        f"**{title}.** {facts['shape']}; {facts['chip']}{instructions}, {threads}; torch {facts['torch']}; {date}; "
-        f"`{command}`"
-    )
+    return f"**{title}.** {'; '.join(setting)}; `{command}`"
 
 
 def attention(rows: dict[str, dict]) -> str:
-    """Ratios above 1: so many times faster than that row."""
-    header = ["", "median ms", "x sdpa", "x eager", "copy bandwidth", "max error", "max error of gradients"]
-    with_gradients = any(info.get("max_err_grad") is not None for info in rows.values())
+    """Ratios above 1: so many times faster than that row. Copy: share of the bandwidth at which a plain copy moves the
+    bytes that a kernel must move."""
+    errors = {"max_err": "max error", "max_err_grad": "of gradients"}
+    errors = {key: name for key, name in errors.items() if any(info.get(key) is not None for info in rows.values())}
+    header = ["", "cold ms", "x sdpa", "x eager", "copy", "warm ms", "x sdpa", "x eager", "copy", *errors.values()]
     lines = []
     for row, info in rows.items():
-        cells = [row, f"{info['interleaved_median_ms']:.2f}"]
-        cells += [ratio(rows, "sdpa", row), ratio(rows, "eager", row), share(rows, row)]
+        cells = [row]
+        for time in ("interleaved_median_ms", "warm_median_ms"):
+            cells.append(number(info.get(time), ".2f"))
+            cells += [ratio(rows, other, row, time) for other in ("sdpa", "eager")]
+            cells.append(ratio(rows, "copy", row, time, ".0%"))
         # A copy computes nothing that could be wrong.
-        errors = [None if row == "copy" else info.get(name) for name in ("max_err", "max_err_grad")]
-        lines.append(cells + [number(error, ".1e") for error in errors[: 1 + with_gradients]])
-    return table(header[: 6 + with_gradients], lines)
+        lines.append(cells + [number(None if row == "copy" else info.get(key), ".1e") for key in errors])
+    return table(header, lines)
 
 
 def model(rows: dict[str, dict]) -> str:
