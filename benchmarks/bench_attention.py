@@ -21,7 +21,7 @@ def pytest_generate_tests(metafunc):
             (scheme, shape, dtype), direction, row, id=f"{scheme}-{shape.name}-{str(dtype)[6:]}-{direction}-{row}"
         )
         for shape in shapes
-        for scheme in peers.SCHEMES
+        for scheme in peers.CLS
         for dtype in DTYPES
         for direction in peers.DIRECTIONS
         for row in peers.ROWS

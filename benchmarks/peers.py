@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from timesformer_kernels import registry, space_attention, time_attention
+from timesformer_kernels import grid_attention_qkvpacked, registry
 
-SCHEMES = {"time": (time_attention, "exclude"), "space": (space_attention, "per_group")}
+CLS = {"time": "exclude", "space": "per_group"}  # the class-token modes of TimeSformer
 DIRECTIONS = ("forward", "forward+backward")
 ROWS = ("cpp", "reference", "sdpa", "sdpa-no-copies", "eager", "copy")
 
@@ -109,7 +109,7 @@ class Problem:
         q, k, v = oracle.make_qkv(shape.batch, tokens, shape.heads, shape.head_dim, dtype)
         self.packed = torch.stack([q, k, v], 2)  # [B, S, 3, H, D]
         self.dout = oracle.make_dout(q)  # [B, S, H, D]
-        self.case = oracle.Case(scheme, (shape.height, shape.width, shape.frames), SCHEMES[scheme][1])
+        self.case = oracle.Case(scheme, (shape.height, shape.width, shape.frames), CLS[scheme])
 
     def why_not(self, row: str) -> str | None:
         """The backend's own reason for which a row cannot run here, else None."""
@@ -151,8 +151,8 @@ class Problem:
         if name in CORES:
             arrange, restore = LAYOUT[self.scheme]
             return lambda packed: restore(CORES[name](*arrange(packed, frames)), batch, frames)
-        attend = SCHEMES[self.scheme][0]
-        return lambda packed: attend(*packed.unbind(2), frames=frames, backend=name)
+        options = dict(grid=self.case.grid, scheme=self.scheme, cls=CLS[self.scheme], backend=name)
+        return lambda packed: grid_attention_qkvpacked(packed, **options)
 
     def _bare(self, core: Callable, direction: str) -> Callable[[], object]:
         """The core alone on contiguous operands that lie ready, gradient of its output included."""

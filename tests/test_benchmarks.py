@@ -99,7 +99,12 @@ def test_the_report_of_a_real_file(tiny):
 def bench(group, row, median_ms, **info):
     facts = dict(row=row, dtype="float32", direction="forward", chip="Chip 9000", isa="avx2", threads=1, torch="9.9")
     stats = {"median": median_ms / 2000}  # seconds; warm calls take half the time
-    return {"name": row, "group": group, "stats": stats, "extra_info": {**facts, "interleaved_median_ms": median_ms, **info}}
+    return {
+        "name": row,
+        "group": group,
+        "stats": stats,
+        "extra_info": {**facts, "interleaved_median_ms": median_ms, **info},
+    }
 
 
 def fabricated(tmp_path, *benchmarks):

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from timesformer_kernels import grid_attention
+from timesformer_kernels import grid_attention_qkvpacked
 from timesformer_kernels.backends import reference
 from timesformer_kernels.grid import view
 
@@ -68,15 +68,14 @@ class Attention(nn.Module):
         """True where dropout acts now."""
         return self.training and (self.attn_drop > 0 or self.proj_drop > 0)
 
-    def _split(self, x: Tensor) -> tuple[Tensor, ...]:
-        """x [B, S, dim] -> q, k, v [B, S, heads, head_dim], views of one packed tensor."""
-        return self.qkv(x).unflatten(2, (3, self.num_heads, self.head_dim)).unbind(2)
+    def _packed(self, x: Tensor) -> Tensor:
+        """x [B, S, dim] -> q, k and v [B, S, 3, heads, head_dim], a view of one product."""
+        return self.qkv(x).unflatten(2, (3, self.num_heads, self.head_dim))
 
     def attend(self, x, scheme, frames, cls, backend, cls_weights=None) -> Tensor:
         """x [B, S, dim], normalised -> the attention output before its projection [B, S, dim], without dropout."""
-        q, k, v = self._split(x)
         options = dict(scheme=scheme, cls=cls, scale=self.scale, backend=backend, cls_weights=cls_weights)
-        return grid_attention(q, k, v, grid=_grid(x, frames, cls), **options).flatten(2)
+        return grid_attention_qkvpacked(self._packed(x), grid=_grid(x, frames, cls), **options).flatten(2)
 
     def _with_dropout(self, x, scheme, frames, cls, backend, cls_weights) -> Tensor:
         """Training with dropout needs the probabilities, and each group's own class row: the reference has them."""
@@ -88,7 +87,9 @@ class Attention(nn.Module):
             )
         shown = view(scheme, _grid(x, frames, cls), cls, "space_major")
         per_group = cls == "per_group"
-        out = reference.attend(*self._split(x), shown, self.scale, dropout_p=self.attn_drop, average_cls=not per_group)
+        out = reference.attend(
+            *self._packed(x).unbind(2), shown, self.scale, dropout_p=self.attn_drop, average_cls=not per_group
+        )
         if not per_group:
             return F.dropout(self.proj(out.flatten(2)), self.proj_drop)
         out, rows = (F.dropout(self.proj(o.flatten(2)), self.proj_drop) for o in out)  # [B, S, dim], [B, G, dim]

@@ -22,6 +22,7 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch.nn import Parameter
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from . import backends as _backends  # noqa: F401  registers them
 from . import grid, registry
@@ -48,8 +49,8 @@ def _forward(q, k, v, view: View, scale: float, backend: str, cls_weights):
     return _backend(q, backend).forward(q, k, v, view, scale, cls_weights)
 
 
-def _backward(dout, q, k, v, view: View, scale: float, backend: str, cls_weights):
-    return _backend(q, backend).backward(dout, q, k, v, view, scale, cls_weights)
+def _backward(dout, q, k, v, view: View, scale: float, backend: str, cls_weights, grads=None):
+    return _backend(q, backend).backward(dout, q, k, v, view, scale, cls_weights, grads)
 
 
 # --- mount 1: the registered ops -------------------------------------------------------------------------------------
@@ -163,6 +164,28 @@ class _FuncAttention(FusedAttention):
     vmap = staticmethod(lambda info, in_dims, *args: _vmap(3, _FuncAttention.apply)(info, in_dims, *args))
 
 
+class PackedAttention(torch.autograd.Function):
+    """As FusedAttention, for q, k and v in one tensor: their gradients are written into one as well. Autograd would
+    otherwise put them together by a copy, six tensors' worth of traffic."""
+
+    @staticmethod
+    def forward(ctx, qkv, *rest):
+        *ctx.options, cls_weights = rest
+        ctx.save_for_backward(qkv, cls_weights)
+        return _forward(*qkv.unbind(2), *rest)
+
+    @staticmethod
+    def backward(ctx, dout):
+        qkv, cls_weights = ctx.saved_tensors
+        inputs = (dout, *qkv.unbind(2), *ctx.options, cls_weights)
+        if torch.is_grad_enabled():
+            dqkv = torch.stack(_Backward.apply(*inputs), 2)
+        else:
+            dqkv = qkv.new_empty(qkv.shape)
+            _backward(*inputs, grads=dqkv.unbind(2))
+        return dqkv, *[None] * (len(ctx.options) + 1)
+
+
 # --- routing ---------------------------------------------------------------------------------------------------------
 
 
@@ -186,11 +209,11 @@ def _watched() -> None:
     if forward_ad._current_level >= 0:
         raise NotImplementedError("forward-mode AD of fused attention is not implemented; use backend='reference'")
     if _FLOP_COUNTER in sys.modules and f"{__package__}.flops" not in sys.modules:
-        warnings.warn(
-            "a FlopCounterMode that is open now does not count attention: import timesformer_kernels.flops before it",
-            stacklevel=4,
-        )
-        from . import flops  # noqa: F401  for the next one
+        from . import flops  # noqa: F401  for the next counter
+
+        if any("FlopCounter" in type(mode).__name__ for mode in _get_current_dispatch_mode_stack()):
+            text = "this FlopCounterMode does not count attention: import timesformer_kernels.flops before opening one"
+            warnings.warn(text, stacklevel=4)
 
 
 def _checked(q, k, v) -> tuple[Tensor, Tensor, Tensor]:
@@ -203,7 +226,8 @@ def _checked(q, k, v) -> tuple[Tensor, Tensor, Tensor]:
     return q, k, v
 
 
-def _attend(q, k, v, view: View, scale, backend: str, cls_weights=None) -> Tensor:
+def _attend(q, k, v, view: View, scale, backend: str, cls_weights=None, packed=None) -> Tensor:
+    """packed: the tensor whose unbind(2) gave q, k and v, if there is one."""
     grid.check_cls_weights(cls_weights, q, view)
     if scale is None:
         scale = q.shape[3] ** -0.5
@@ -230,6 +254,8 @@ def _attend(q, k, v, view: View, scale, backend: str, cls_weights=None) -> Tenso
     if torch._C._are_functorch_transforms_active():
         return _FuncAttention.apply(q, k, v, view, scale, chosen.name, cls_weights)
     wants_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    if wants_grad and packed is not None and forward_ad._current_level < 0:
+        return PackedAttention.apply(packed, view, scale, chosen.name, cls_weights)
     if wants_grad or forward_ad._current_level >= 0:  # the Function has no jvp, so that it refuses forward-mode AD
         return FusedAttention.apply(q, k, v, view, scale, chosen.name, cls_weights)
     return chosen.forward(q, k, v, view, scale, cls_weights)
@@ -311,6 +337,33 @@ def grid_attention(
 
 
 _view, _check_grid = grid.view, grid.check_grid  # `grid` is an argument's name above
+
+
+def grid_attention_qkvpacked(
+    qkv: Tensor,
+    *,
+    grid: tuple[int, int, int],
+    scheme: str | Scheme,
+    cls: str,
+    order: str = "space_major",
+    scale: float | None = None,
+    backend: str = "auto",
+    cls_weights: Tensor | None = None,
+) -> Tensor:
+    """`grid_attention` of q, k and v packed as a projection leaves them: qkv [B, S, 3, heads, head_dim].
+
+    The same result as from `qkv.unbind(2)`; in eager training the gradient is written packed, too, without a copy.
+    """
+    if not isinstance(qkv, Tensor):
+        raise TypeError(f"qkv: got {type(qkv).__name__}, expected a torch.Tensor")
+    if qkv.dim() != 5 or qkv.shape[2] != 3:
+        raise ValueError(f"qkv: got shape {tuple(qkv.shape)}, expected (batch, tokens, 3, heads, head_dim)")
+    q, k, v = qkv.unbind(2)
+    q, k, v = _checked(q, k, v)
+    view = _view(scheme, grid, cls, order)
+    _check_grid(q.shape[1], grid, cls)
+    packed = qkv if q.dtype == qkv.dtype else None  # autocast has made copies
+    return _attend(q, k, v, view, scale, backend, cls_weights, packed)
 
 
 def explain(q: Tensor, k: Tensor, v: Tensor) -> str:

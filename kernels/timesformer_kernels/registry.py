@@ -15,7 +15,8 @@ class Backend:
     """An implementation of attention over a `grid.View`. Backends never import one another.
 
     forward(q, k, v, view, scale, cls_weights) -> out [B, S, H, D], contiguous
-    backward(dout, q, k, v, view, scale, cls_weights) -> (dq, dk, dv), contiguous; dout may have any strides
+    backward(dout, q, k, v, view, scale, cls_weights, grads=None) -> (dq, dk, dv), contiguous, or grads, filled: three
+        tensors of the shape of q with a unit last stride; dout may have any strides
     why_not(device_type, dtype, head_dim) -> None when the backend can run, else the reason in one line
     """
 

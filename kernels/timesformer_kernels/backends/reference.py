@@ -81,7 +81,7 @@ def forward(q, k, v, view, scale, cls_weights):
     return attend(q, k, v, view, scale, cls_weights).contiguous()
 
 
-def backward(dout, q, k, v, view, scale, cls_weights):
+def backward(dout, q, k, v, view, scale, cls_weights, grads=None):
     """The formula written out, for where autograd cannot look: inside a registered op."""
     dtype = q.dtype
     q, k, v, dout = _wide(q, k, v, dout)
@@ -95,7 +95,10 @@ def backward(dout, q, k, v, view, scale, cls_weights):
         dq += _put(queries, einsum("bghlm,bgmhd->bglhd", ds, kg), q)
         dk += _put(keys, einsum("bghlm,bglhd->bgmhd", ds, qg), k)
         dv += _put(keys, einsum("bghlm,bglhd->bgmhd", p, do), v)
-    return tuple(x.to(dtype).contiguous() for x in (dq, dk, dv))
+    grads = grads or tuple(q.new_empty(q.shape, dtype=dtype) for _ in range(3))
+    for grad, x in zip(grads, (dq, dk, dv), strict=True):
+        grad.copy_(x)
+    return grads
 
 
 def why_not(device_type: str, dtype: torch.dtype, head_dim: int) -> str | None:
