@@ -125,11 +125,32 @@ def render(result: dict) -> str:
     return "\n\n".join(parts)
 
 
+def summary(result: dict, row: str = "cpp") -> str:
+    """One line of attention per group, for one row, and the tables of the other kinds that have one worth reading."""
+    header = first = None
+    lines, others = [], []
+    for rows in groups(result).values():
+        facts = next(iter(rows.values()))
+        if facts["kind"] == "model":
+            others.append(caption(rows, result) + "\n\n" + TABLES["model"](rows))
+        elif facts["kind"] == "attention" and row in rows:
+            cells = [line.strip("| ").split(" | ") for line in attention(rows).splitlines()]
+            (mine,) = (line for line in cells[2:] if line[0] == row)
+            header, first = header or cells[0], first or rows
+            lines.append([f"{facts['op']}, {facts['direction']}, {facts['dtype']}", *mine[1:9]])
+    if not lines:
+        raise ValueError(f"row: no attention row {row!r} in this file")
+    title = caption(first, result).split("** ", 1)[1]
+    return "\n\n".join([f"**`{row}`.** {title}\n\n" + table(header[:9], lines), *others])
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split(":")[0] + ".")
     parser.add_argument("file", type=Path, help="JSON written by --benchmark-json")
+    parser.add_argument("--summary", action="store_true", help="the README's tables: one line per group")
+    arguments = parser.parse_args(argv)
     try:
-        print(render(load(parser.parse_args(argv).file)))
+        print((summary if arguments.summary else render)(load(arguments.file)))
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -155,6 +155,17 @@ def test_model_and_overhead_tables(tmp_path):
     assert rows["cpp"] == ["12.5"]
 
 
+def test_summary(tmp_path):
+    common = dict(kind="attention", op="space attention", shape="8x224: B=1")
+    benchmarks = [bench("g", "cpp", 2.0, **common), bench("g", "sdpa", 5.0, **common)]
+    benchmarks += [bench("m", "ours", 105.0, kind="model", op="TimeSformer-B", shape="8x224: B=1")]
+    run = python(REPORT, "--summary", fabricated(tmp_path, *benchmarks))
+    assert "| space attention, forward, float32 | 2.00 | 2.50 | – | – | 1.00 | 2.50 | – | – |" in run.stdout, run.stderr
+    assert "Chip 9000" in run.stdout and "| ours | 105.0 |" in run.stdout
+    run = python(REPORT, "--summary", fabricated(tmp_path, benchmarks[1]))
+    assert run.returncode == 2 and "'cpp'" in run.stderr
+
+
 def test_a_missing_row_leaves_a_dash(tmp_path):
     common = dict(kind="attention", op="time attention", shape="8x224: B=1")
     rows = rendered(fabricated(tmp_path, bench("g", "cpp", 2.0, **common)))[1]
