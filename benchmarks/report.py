@@ -136,12 +136,12 @@ def summary(result: dict, row: str = "cpp") -> str:
         elif facts["kind"] == "attention" and row in rows:
             cells = [line.strip("| ").split(" | ") for line in attention(rows).splitlines()]
             (mine,) = (line for line in cells[2:] if line[0] == row)
-            header, first = header or cells[0], first or rows
+            header, first = ["", *cells[0][:8]], first or rows
             lines.append([f"{facts['op']}, {facts['direction']}, {facts['dtype']}", *mine[1:9]])
     if not lines:
         raise ValueError(f"row: no attention row {row!r} in this file")
     title = caption(first, result).split("** ", 1)[1]
-    return "\n\n".join([f"**`{row}`.** {title}\n\n" + table(header[:9], lines), *others])
+    return "\n\n".join([f"**`{row}`.** {title}\n\n" + table(header, lines), *others])
 
 
 def main(argv: list[str] | None = None) -> int:

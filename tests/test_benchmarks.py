@@ -161,6 +161,7 @@ def test_summary(tmp_path):
     benchmarks += [bench("m", "ours", 105.0, kind="model", op="TimeSformer-B", shape="8x224: B=1")]
     run = python(REPORT, "--summary", fabricated(tmp_path, *benchmarks))
     assert "| space attention, forward, float32 | 2.00 | 2.50 | – | – | 1.00 | 2.50 | – | – |" in run.stdout, run.stderr
+    assert "|  | cold ms | x sdpa | x eager | copy | warm ms | x sdpa | x eager | copy |" in run.stdout
     assert "Chip 9000" in run.stdout and "| ours | 105.0 |" in run.stdout
     run = python(REPORT, "--summary", fabricated(tmp_path, benchmarks[1]))
     assert run.returncode == 2 and "'cpp'" in run.stderr
