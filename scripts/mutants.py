@@ -12,6 +12,7 @@ LAYOUTS = ("tests/test_attention.py", "-k", "(layouts or strides or gradients_of
 MEMORY = ("tests/test_memory_safety.py", "-k", "guard_arena or survives or class_weights")
 THREADS = ("tests/test_determinism.py", "-k", "thread_counts")
 OPS = ("tests/test_ops.py",)
+PACKED = ("tests/test_packed.py",)
 GRID = ("tests/test_grid.py",)
 BAD_INPUT = ("tests/test_bad_input.py",)
 BLOCK = ("tests/test_divided_attention.py",)
@@ -39,15 +40,15 @@ MUTANTS = [
     Mutant(
         "rows of a group taken as neighbours",
         CALL,
-        ": patches + tokens[i] * stride; }",
-        ": patches + i * stride; }",
+        ": patches + tokens[i] * stride;",
+        ": patches + i * stride;",
         FORWARD,
     ),
     Mutant(
         "group axes swapped",
         CALL,
-        "g / q[2].size % q[1].size * q[1].step + g % q[2].size * q[2].step",
-        "g / q[2].size % q[1].size * q[2].step + g % q[2].size * q[1].step",
+        "g / q[2].size % q[1].size * q[1].step",
+        "g / q[2].size % q[1].size * q[2].step",
         FORWARD,
     ),
     Mutant(
@@ -98,7 +99,7 @@ MUTANTS = [
         "for (int64_t i = 0; i + 1 < n; ++i) v[i] = to_compute(p[i]);",
         HEAD_DIMS,
     ),
-    Mutant("a deep product keeps its last part only", GEMM, "k += kDepth, add = true)", "k += kDepth)", HEAD_DIMS),
+    Mutant("a deep product keeps its last part only", GEMM, "k += depth, add = true)", "k += depth)", HEAD_DIMS),
     Mutant(
         "only the last block of queries reaches dv",
         BWD,
@@ -201,6 +202,20 @@ MUTANTS = [
         "end = n * (worker + 1) / job.workers - (worker > 0);\n    int64_t h",
         THREADS,
     ),
+    Mutant(
+        "sums of four lanes in another order",
+        SHORT,
+        "fold<C, kWithin>(fold<C, kWithin>(a[0], a[2]), fold<C, kWithin>(a[1], a[3]))",
+        "fold<C, kWithin>(fold<C, kWithin>(a[0], a[1]), fold<C, kWithin>(a[2], a[3]))",
+        FORWARD,
+    ),
+    Mutant(
+        "columns nobody wrote are read",
+        SHORT,
+        "at_most(NV, (L + W - 1) / W)",
+        "int64_t(NV)",
+        MEMORY,
+    ),
     # Python: the view
     Mutant(
         "wrong token order",
@@ -278,6 +293,20 @@ MUTANTS = [
         MEMORY,
     ),
     Mutant("key and global confused", NATIVE_PY, '"key": 3, "global": 4', '"key": 4, "global": 3', CLASS_ROW),
+    Mutant(
+        "packed gradient in another order",
+        OPS_PY,
+        "_backward(*inputs, grads=dqkv.unbind(2))",
+        "_backward(*inputs, grads=dqkv.unbind(2)[::-1])",
+        PACKED,
+    ),
+    Mutant(
+        "packed gradient put together by a copy",
+        OPS_PY,
+        "        if torch.is_grad_enabled():\n            dqkv",
+        "        if True:\n            dqkv",
+        PACKED,
+    ),
     # Python: the module
     Mutant("time residual reaches the class row", MODULE_PY, "branch[:, 0].zero_()", "pass", BLOCK),
     Mutant(

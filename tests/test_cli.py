@@ -327,7 +327,7 @@ def test_demo_notices_a_wrong_grouping(capsys, monkeypatch, scheme):
     """Tokens read in the other order by the fused backend alone: far beyond every limit, and exit code 1."""
     import timesformer.attention as attention
 
-    right = attention.grid_attention
+    right = attention.grid_attention_qkvpacked
     called = []
 
     def wrong(*args, **options):
@@ -336,7 +336,7 @@ def test_demo_notices_a_wrong_grouping(capsys, monkeypatch, scheme):
             options["order"] = "time_major"
         return right(*args, **options)
 
-    monkeypatch.setattr(attention, "grid_attention", wrong)
+    monkeypatch.setattr(attention, "grid_attention_qkvpacked", wrong)
     if registry.resolve("auto", "cpu", torch.float32, 8).name == "reference":
         pytest.skip("no fused backend runs here")
     code, out, _ = call(capsys, "demo", "--tiny", "--json")

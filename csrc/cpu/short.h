@@ -189,19 +189,21 @@ void short_groups(const Job& job, int64_t worker, bool backward) {
     const auto mix_into = [&](const TskTensor& y, const C* w, int64_t row, int64_t col, const Matrix<C>& m) {
       mix<T>(row_of<T>(y, b, h, token), step * y.token, w, row, col, m, L, D, packed[4]);
     };
-    const auto each_row = [&](const TskTensor& x, int64_t at, void (*ask)(const T*, int64_t)) {
-      const T* row = row_of<T>(x, b, h, at);
-      for (int64_t i = 0; i < L; ++i, row += step * x.token) ask(row, D);
+    const auto expect = [&](const TskTensor& x, int64_t at) {
+      for (int64_t i = 0; i < L; ++i) expect_row<T>(row_of<T>(x, b, h, at) + i * step * x.token, D);
+    };
+    const auto claim = [&](const TskTensor& x) {
+      for (int64_t i = 0; i < L; ++i) claim_row<T>(row_of<T>(x, b, h, token) + i * step * x.token, D);
     };
     if (g + 1 < c.G) {
       const int64_t next = c.group_token(g + 1);
-      each_row(a.q, next, expect_row<T>), each_row(a.k, next, expect_row<T>), each_row(a.v, next, expect_row<T>);
-      if (backward) each_row(a.dout, next, expect_row<T>);
+      expect(a.q, next), expect(a.k, next), expect(a.v, next);
+      if (backward) expect(a.dout, next);
     }
     if (backward)
-      each_row(a.dv, token, claim_row<T>), each_row(a.dq, token, claim_row<T>), each_row(a.dk, token, claim_row<T>);
+      claim(a.dv), claim(a.dq), claim(a.dk);
     else
-      each_row(a.out, token, claim_row<T>);
+      claim(a.out);
     const Matrix<C> q = matrix(a.q, packed[0]), k = matrix(a.k, packed[1]), v = matrix(a.v, packed[2]);
     dots<C, LQ>(p, q, k, L, Dp);
     softmax_short<C, LQ>(p, L, c.scale);
