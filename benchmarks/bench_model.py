@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+import timesformer_kernels.flops  # noqa: F401  before any FlopCounterMode
 from timesformer import TimeSformer
 from timesformer.weights import to_native
 from timesformer_kernels import registry
