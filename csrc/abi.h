@@ -16,7 +16,7 @@ enum TskCls : int32_t {
   TSK_CLS_KEY = 3,
   TSK_CLS_GLOBAL = 4
 };
-enum TskStatus : int32_t { TSK_OK = 0, TSK_INVALID = -1, TSK_FAILED = -2 };  // > 0: a cudaError_t
+enum TskStatus : int32_t { TSK_OK = 0, TSK_INVALID = -1 };  // > 0: a cudaError_t
 
 // One [B, S, H, D] tensor. Strides count elements; the last dimension has stride 1.
 struct TskTensor {

@@ -86,6 +86,8 @@ void run_range(int64_t begin, int64_t end, void* context) {
   for (int64_t worker = begin; worker < end; ++worker) phase->body(*phase->job, worker);
 }
 
+// Without a thread pool, or where it reports a failure, the workers run one after the other: each writes what only it
+// writes, so that doing one again gives the same bits.
 void parallel(const Job& job, void (*body)(const Job&, int64_t)) {
   Phase phase{&job, body};
   if (job.workers == 1 || !parallel_for || parallel_for(0, job.workers, 1, run_range, &phase) != 0)

@@ -5,7 +5,7 @@ A call takes one of three ways to the same backend:
 
 - the registered op `timesformer_kernels::attn_fwd`, where something watches or wraps the call (torch.compile, export,
   fake tensors, FLOP counters, selective checkpointing, tensor subclasses);
-- an autograd.Function, in plain eager mode: a third of the op's cost per call;
+- an autograd.Function, in plain eager mode, where it costs a fraction of the op per call;
 - the bare function, when no gradient is wanted.
 
 `_gradients` is the only formula; op and Functions mount it. Forward-mode and double derivatives of the fused backends
