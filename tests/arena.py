@@ -17,8 +17,8 @@ REAL = {
 class Arena:
     """A buffer filled with 0xFF, which is NaN in every float type; tensors lie between guards of the same."""
 
-    def __init__(self, nbytes=1 << 24):
-        self.buffer = torch.full((nbytes,), 0xFF, dtype=torch.uint8)
+    def __init__(self, nbytes=1 << 24, device="cpu"):
+        self.buffer = torch.full((nbytes,), 0xFF, dtype=torch.uint8, device=device)
         self.offset, self.live = GUARD, []
 
     def take(self, *shape, dtype=torch.float32, align=64, skew=0):
@@ -62,12 +62,14 @@ def poisoned(monkeypatch):
 
 @contextmanager
 def carved(monkeypatch, arena):
-    """Fresh float and byte memory is taken from the arena: outputs and workspaces get guards, too."""
+    """Fresh float and byte memory on the arena's device is taken from it: outputs and workspaces get guards, too."""
 
     def take(real):
         def allocate(*args, **kwargs):
             like = real(*args, **{**kwargs, "device": "meta"})
-            if not like.is_contiguous() or not (like.is_floating_point() or like.dtype == torch.uint8):
+            where = torch.device(kwargs.get("device") or getattr(args[0], "device", "cpu"))
+            ours = where.type == arena.buffer.device.type and (like.is_floating_point() or like.dtype == torch.uint8)
+            if not ours or not like.is_contiguous():
                 return real(*args, **kwargs)
             return arena.take(*like.shape, dtype=like.dtype)
 

@@ -10,6 +10,7 @@ if not torch.cuda.is_available():
 
 import pytest
 from arena import poisoned
+from oracle import device_of
 
 from timesformer_kernels import available_backends, native, registry
 
@@ -21,9 +22,21 @@ ENGINES = [
 ]
 
 
-def can_run(name):
-    """The name, or a skip with the backend's own reason."""
-    if reason := registry.get(name).why_not("cpu", torch.float32, 8):
+def pytest_configure(config):
+    config.addinivalue_line(
+        "markers",
+        "needs(dtype=, head_dim=, device=): what a test asks of its backend, which is skipped where it cannot; "
+        "parameters of the test named so come first",
+    )
+
+
+def can_run(request, name):
+    """The name, or a skip with the backend's own reason why it cannot run what this test asks of it."""
+    asked = {"dtype": torch.float32, "head_dim": 8, "device": device_of(name)}
+    for marker in reversed(list(request.node.iter_markers("needs"))):  # the closest one last
+        asked.update(marker.kwargs)
+    asked.update({key: value for key, value in request.node.callspec.params.items() if key in asked})
+    if reason := registry.get(name).why_not(asked["device"], asked["dtype"], asked["head_dim"]):
         pytest.skip(f"{name}: {reason}")
     return name
 
@@ -31,21 +44,21 @@ def can_run(name):
 @pytest.fixture(params=available_backends())
 def backend(request):
     """Every registered backend; a new one is tested by existing."""
-    return can_run(request.param)
+    return can_run(request, request.param)
 
 
 @pytest.fixture(params=[name for name in available_backends() if name != "reference"])
 def fused(request):
     """Every backend but the reference, which is plain differentiable torch code."""
-    return can_run(request.param)
+    return can_run(request, request.param)
 
 
 @pytest.fixture
 def need():
     """need(backend, dtype, head_dim) skips with the backend's own reason when it cannot run there."""
 
-    def check(name, dtype=torch.float32, head_dim=8, device="cpu"):
-        if reason := registry.get(name).why_not(device, dtype, head_dim):
+    def check(name, dtype=torch.float32, head_dim=8, device=None):
+        if reason := registry.get(name).why_not(device or device_of(name), dtype, head_dim):
             pytest.skip(f"{name}: {reason}")
 
     return check
@@ -61,6 +74,7 @@ def isa(request):
 def engine(request):
     """The name of a backend; the C++ one comes once per instruction set."""
     name, isa = request.param
+    can_run(request, name)
     if isa is None:
         yield name
     else:

@@ -36,6 +36,24 @@ SCHEMES = {
 }
 
 
+def device_of(backend):
+    """Where tensors for a backend lie: on the GPU where it has kernels for one and there is one, else on the CPU.
+
+    Triton's kernels then run in its interpreter: the same tests with and without a GPU.
+    """
+    return "cuda" if backend in ("cuda", "triton") and torch.cuda.is_available() else "cpu"
+
+
+def interpreted(backend):
+    """Whether tests of the backend run in Triton's interpreter: slowly, one program after the other, on copies."""
+    return backend == "triton" and device_of(backend) == "cpu"
+
+
+def widest(backend):
+    """The widest dtype a backend has kernels for."""
+    return torch.float32 if backend in ("cuda", "triton") else torch.float64
+
+
 @dataclass(frozen=True)
 class Case:
     """Everything but the tensors of one call."""
@@ -65,6 +83,14 @@ class Case:
             "local": 4,
             "global": 8,
         }[self.scheme]
+
+    def qkv(self, backend, batch, heads, head_dim, dtype=torch.float32, **kind):
+        """make_qkv of the size of this case, where the backend wants its tensors."""
+        return make_qkv(batch, self.tokens, heads, head_dim, dtype, device=device_of(backend), **kind)
+
+    def on(self, backend):
+        """The case with its weights where the backend wants them."""
+        return self if self.weights is None else replace(self, weights=self.weights.to(device_of(backend)))
 
     def __str__(self):
         return f"{self.scheme}-{self.cls}-{self.order}-{'x'.join(map(str, self.grid))}"
@@ -158,7 +184,7 @@ def attention(q, k, v, case, softmax=torch.softmax):
         if case.weights is None:
             row = per_group.mean(1)
         else:
-            row = einsum(per_group, case.weights.to(q.dtype), "b g n d, b g -> b n d")
+            row = einsum(per_group, case.weights.to(q), "b g n d, b g -> b n d")
     elif case.cls == "global":
         row = _softmax_attend(q_cls[:, None], k[:, None], v[:, None], scale, softmax)[:, 0, 0]
     else:
@@ -240,7 +266,8 @@ def same(backend, a, b):
 def check(run, q, k, v, case, dout=None, seed=1):
     """run(q, k, v) and its three gradients against the oracle in float64, by the rule."""
     dout = make_dout(q, seed) if dout is None else dout
-    got = with_gradients(run, q, k, v, dout)
+    got = [x.cpu() for x in with_gradients(run, q, k, v, dout)]
+    q, k, v, dout = (x.cpu() for x in (q, k, v, dout))  # one yardstick for every device
     wide = [x.double() for x in (q, k, v, dout)]
     exact = with_gradients(lambda *x: attention(*x, case), *wide)
     eager = _plain(q, k, v, case, dout, exact)

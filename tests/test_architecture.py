@@ -15,7 +15,7 @@ MODEL = ROOT / "timesformer"
 
 # Modules of the kernels package by floor; imports point down. native.py packs a grid.View, so it lies above grid.py.
 FLOORS = {"grid": 0, "registry": 1, "native": 1, "backends": 2, "flops": 2, "ops": 3, "fused": 3, "info": 4}
-FLOORS["__init__"] = 4
+FLOORS |= {"warmup": 4, "__init__": 4}
 OPTIONAL = {"av", "tqdm", "transformers", "safetensors", "huggingface_hub", "matplotlib", "triton", "PIL", "cv2"}
 
 
@@ -73,17 +73,18 @@ def imported_modules(path):
 def test_kernel_imports_point_down(path):
     for module in imported_modules(path):
         if (KERNELS / f"{module}.py").exists() or (KERNELS / module).is_dir():
-            same = path.parent == KERNELS / "backends" or FLOORS[module] == own_floor(path) == 4
+            same = KERNELS / "backends" in path.parents or FLOORS[module] == own_floor(path) == 4
             assert FLOORS[module] < own_floor(path) or same, f"{ids(path)} imports {module}"
 
 
 @pytest.mark.parametrize("path", [p for p in python_files(KERNELS / "backends") if p.stem != "__init__"], ids=ids)
 def test_backends_import_neither_one_another_nor_ops(path):
     names = {p.stem for p in (KERNELS / "backends").iterdir()} - {"__init__", "__pycache__"}
+    depth = len(path.relative_to(KERNELS / "backends").parts)  # 2 for a file of backends/triton
     for level, module in imports(path):
         first = module.split(".")[0]
-        assert not (level == 1 and first in names), f"imports the backend {first}"
-        assert not (level == 2 and first in ("ops", "fused", "backends", "info")), f"imports {first}"
+        assert not (level == depth and first in names), f"imports the backend {first}"
+        assert not (level == depth + 1 and first in ("ops", "fused", "backends", "info")), f"imports {first}"
 
 
 @pytest.mark.parametrize("path", [KERNELS / "grid.py", KERNELS / "registry.py", KERNELS / "native.py"], ids=ids)
@@ -93,7 +94,10 @@ def test_floor_one_needs_torch_and_the_standard_library_only(path):
 
 @pytest.mark.parametrize("path", python_files(KERNELS, MODEL), ids=ids)
 def test_optional_dependencies_are_imported_lazily(path):
-    assert not absolute_tops(path, top_level_only=True) & OPTIONAL
+    found = absolute_tops(path, top_level_only=True) & OPTIONAL
+    if path.parent == KERNELS / "backends/triton" and path.stem not in ("__init__", "regimes"):
+        found -= {"triton"}  # the modules that the package imports at its first call
+    assert not found
 
 
 @pytest.mark.parametrize("path", python_files(MODEL), ids=ids)

@@ -3,7 +3,7 @@
 
 import pytest
 import torch
-from oracle import DTYPES, Case, check, every_case, make_dout, make_qkv, same, with_weights
+from oracle import DTYPES, Case, check, device_of, every_case, make_dout, make_qkv, same, with_weights
 
 from timesformer_kernels import grid_attention, space_attention, time_attention
 
@@ -46,54 +46,54 @@ def run(case, engine):
 @pytest.mark.parametrize("frames", LENGTHS)
 def test_time_lengths(engine, frames, dtype):
     case = Case("time", (1, 3, frames), "exclude")
-    check(run(case, engine), *make_qkv(2, case.tokens, 2, 16, dtype, seed=frames), case)
+    check(run(case, engine), *case.qkv(engine, 2, 2, 16, dtype, seed=frames), case)
 
 
 @dtypes
 @pytest.mark.parametrize("patches", PATCHES)
 def test_space_lengths(engine, patches, dtype):
     case = Case("space", (*patches, 2), "per_group")
-    check(run(case, engine), *make_qkv(1, case.tokens, 2, 16, dtype), case)
+    check(run(case, engine), *case.qkv(engine, 1, 2, 16, dtype), case)
 
 
 @dtypes
 @pytest.mark.parametrize("patches", PATCHES)
 def test_joint_lengths(engine, patches, dtype):
     case = Case("joint", (*patches, 3), "per_group")
-    check(run(case, engine), *make_qkv(1, case.tokens, 1, 8, dtype), case)
+    check(run(case, engine), *case.qkv(engine, 1, 1, 8, dtype), case)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_joint_attention_of_a_whole_clip(engine, dtype):
     case = Case("joint", (14, 14, 8), "per_group")  # 1569 keys: many tiles and a tail of one
-    check(run(case, engine), *make_qkv(1, case.tokens, 1, 4, dtype), case)
+    check(run(case, engine), *case.qkv(engine, 1, 1, 4, dtype), case)
 
 
 @dtypes
 @pytest.mark.parametrize("head_dim", HEAD_DIMS, ids=lambda d: f"D{d}")
 def test_head_dims_time(engine, head_dim, dtype):
     case = Case("time", (1, 2, 8), "exclude")
-    check(run(case, engine), *make_qkv(1, case.tokens, 2, head_dim, dtype), case)
+    check(run(case, engine), *case.qkv(engine, 1, 2, head_dim, dtype), case)
 
 
 @dtypes
 @pytest.mark.parametrize("head_dim", HEAD_DIMS, ids=lambda d: f"D{d}")
 def test_head_dims_space(engine, head_dim, dtype):
     case = Case("space", (3, 7, 2), "per_group")
-    check(run(case, engine), *make_qkv(1, case.tokens, 2, head_dim, dtype), case)
+    check(run(case, engine), *case.qkv(engine, 1, 2, head_dim, dtype), case)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("case", every_case(), ids=str)
 def test_every_scheme_class_mode_and_order(engine, case, dtype):
-    check(run(case, engine), *make_qkv(2, case.tokens, 2, 8, dtype), case)
+    check(run(case, engine), *case.qkv(engine, 2, 2, 8, dtype), case)
 
 
 @dtypes
 @pytest.mark.parametrize("case", [c for c in every_case() if c.cls == "per_group"], ids=str)
 def test_class_row_weights(engine, case, dtype):
-    case = with_weights(case, batch=2)
-    check(run(case, engine), *make_qkv(2, case.tokens, 2, 8, dtype), case)
+    case = with_weights(case, batch=2).on(engine)
+    check(run(case, engine), *case.qkv(engine, 2, 2, 8, dtype), case)
 
 
 @dtypes
@@ -101,7 +101,7 @@ def test_class_row_weights(engine, case, dtype):
 @pytest.mark.parametrize("frames", [1, 5, 16], ids=lambda t: f"T{t}")  # one frame, odd, and a long sum over groups
 def test_class_row_of_long_grids(engine, frames, cls, dtype):
     case = Case("space", (5, 5, frames), cls)
-    check(run(case, engine), *make_qkv(2, case.tokens, 1, 16, dtype), case)
+    check(run(case, engine), *case.qkv(engine, 2, 1, 16, dtype), case)
 
 
 @dtypes
@@ -117,16 +117,14 @@ def test_class_row_of_long_grids(engine, frames, cls, dtype):
     ids=str,
 )
 def test_hard_inputs(engine, case, kind, dtype):
-    check(
-        run(case, engine), *make_qkv(1, case.tokens, 2, 20, dtype, kind=kind), case
-    )  # 16 equal terms sum without error
+    check(run(case, engine), *case.qkv(engine, 1, 2, 20, dtype, kind=kind), case)  # 16 equal terms sum without error
 
 
 @pytest.mark.parametrize("scale", [0, 0.0, -0.25, 2, 1e-3], ids=lambda s: f"scale{s!r}")
 @pytest.mark.parametrize("scheme, cls", [("time", "exclude"), ("space", "per_group"), ("space", "global")])
 def test_scales(engine, scheme, cls, scale):
     case = Case(scheme, (3, 3, 5), cls, scale=scale)
-    check(run(case, engine), *make_qkv(2, case.tokens, 2, 16), case)
+    check(run(case, engine), *case.qkv(engine, 2, 2, 16), case)
 
 
 LAYOUTS = {  # q, k, v with the same values and other strides: reads in place, never a copy
@@ -145,7 +143,7 @@ LAYOUTS = {  # q, k, v with the same values and other strides: reads in place, n
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_are_read_in_place_and_bitwise_equal(engine, layout, dtype):
     for case in (Case("time", (2, 3, 8), "exclude"), Case("space", (5, 4, 3), "per_group")):
-        packed = make_qkv(2, case.tokens, 3, 32, dtype)
+        packed = case.qkv(engine, 2, 3, 32, dtype)
         moved = [LAYOUTS[layout](x) for x in packed]
         assert all(torch.equal(a, b) for a, b in zip(packed, moved, strict=True))
         a, b = (run(case, engine)(*x) for x in (packed, moved))
@@ -155,12 +153,12 @@ def test_layouts_are_read_in_place_and_bitwise_equal(engine, layout, dtype):
 
 def test_each_of_q_k_v_has_its_own_strides(engine):
     case = Case("space", (3, 5, 4), "global")
-    q, k, v = make_qkv(2, case.tokens, 2, 24)
+    q, k, v = case.qkv(engine, 2, 2, 24)
     check(run(case, engine), LAYOUTS["heads-first"](q), LAYOUTS["every-second-row"](k), v.contiguous(), case)
 
 
 def test_public_functions_are_the_grid_operator(engine):
-    q, k, v = make_qkv(2, 1 + 6 * 4, 2, 16)
+    q, k, v = make_qkv(2, 1 + 6 * 4, 2, 16, device=device_of(engine))
     for order in ("space_major", "time_major"):
         for function, scheme, cls in ((time_attention, "time", "exclude"), (space_attention, "space", "per_group")):
             case = Case(scheme, (2, 3, 4), cls, order)  # the defaults of cls are under test: not passed on
@@ -170,18 +168,18 @@ def test_public_functions_are_the_grid_operator(engine):
 
 
 def test_space_attention_takes_class_weights(engine):
-    case = with_weights(Case("space", (2, 3, 4), "per_group"), 2)
+    case = with_weights(Case("space", (2, 3, 4), "per_group"), 2).on(engine)
     function = lambda *x: space_attention(*x, frames=4, backend=engine, cls_weights=case.weights)  # noqa: E731
-    check(function, *make_qkv(2, case.tokens, 2, 16), case)
+    check(function, *case.qkv(engine, 2, 2, 16), case)
 
 
 def test_gradients_of_other_layouts(engine):
     """The incoming gradient is normalised once, whatever its strides."""
     case = Case("space", (3, 3, 4), "per_group")
-    q, k, v = make_qkv(2, case.tokens, 2, 16)
+    q, k, v = case.qkv(engine, 2, 2, 16)
     for layout in LAYOUTS.values():
         check(run(case, engine), q, k, v, case, dout=layout(make_dout(q)))
-    one = torch.ones(()).expand(q.shape)  # y.sum().backward(): every stride is zero
+    one = torch.ones((), device=q.device).expand(q.shape)  # y.sum().backward(): every stride is zero
     check(run(case, engine), q, k, v, case, dout=one)
 
 
@@ -189,7 +187,7 @@ def test_gradients_of_other_layouts(engine):
 def test_stores_round_to_nearest_even(engine, dtype):
     """The mean of two values is exact in float32: a store that truncates is within the error bound, but not this."""
     case = Case("time", (5, 7, 2), "none", scale=0.0)
-    q, k, v = make_qkv(1, case.tokens, 2, 21, dtype)
+    q, k, v = case.qkv(engine, 1, 2, 21, dtype)
     # Neighbours of one exponent have a mean of one bit more: every second one is a tie.
     pairs = v.float().unflatten(1, (35, 2))
     mean = pairs.mean(2, keepdim=True).expand_as(pairs).flatten(1, 2).to(dtype)

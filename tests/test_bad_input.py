@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every bad input is one error, before any work, that names the argument, what came and what was expected."""
 
+from dataclasses import replace
+
 import pytest
 import torch
-from oracle import make_qkv
+from oracle import device_of, make_qkv
 
 from timesformer_kernels import available_backends, grid_attention, registry, space_attention, time_attention
 
@@ -82,7 +84,8 @@ def expect(error, words, call, monkeypatch):
     entered = []
     for name in available_backends():
         backend = registry.get(name)
-        spy = type(backend)(name, lambda *a: entered.append("fwd"), lambda *a: entered.append("bwd"), backend.why_not)
+        enter = lambda *a, name=name: entered.append(name)  # noqa: E731
+        spy = replace(backend, forward=enter, backward=enter)
         monkeypatch.setitem(registry._BACKENDS, name, spy)
     registry.resolve.cache_clear()
     try:
@@ -134,14 +137,14 @@ def test_bad_grid(options, error, words, monkeypatch):
 
 def test_a_forced_backend_never_falls_back(fused, monkeypatch):
     backend = registry.get(fused)
-    unwilling = type(backend)(fused, backend.forward, backend.backward, lambda *a: "the library went missing")
+    unwilling = replace(backend, why_not=lambda *a: "the library went missing")
     monkeypatch.setitem(registry._BACKENDS, fused, unwilling)
     registry.resolve.cache_clear()
     try:
         with pytest.raises(RuntimeError, match=f"backend '{fused}' cannot run: the library went missing") as caught:
-            time_attention(*tensors(), frames=FRAMES, backend=fused)
+            time_attention(*(x.to(device_of(fused)) for x in tensors()), frames=FRAMES, backend=fused)
         assert "timesformer_kernels.info" in str(caught.value)
-        q, k, v = make_qkv(2, S, 2, 8)
+        q, k, v = make_qkv(2, S, 2, 8, device=device_of(fused))
         got = time_attention(q, k, v, frames=FRAMES)  # auto takes the next one
         torch.testing.assert_close(got, time_attention(q, k, v, frames=FRAMES, backend="reference"))
     finally:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from arena import Arena, carved
-from oracle import DTYPES, Case, check, make_dout, make_qkv, same, with_gradients, with_weights
+from oracle import DTYPES, Case, check, device_of, make_dout, same, with_gradients, with_weights
 
 from timesformer_kernels import grid, grid_attention, native
 
@@ -41,9 +41,9 @@ def place(arena, x, gap, skew):
 @pytest.mark.parametrize("case, head_dim", SHAPES)
 @pytest.mark.parametrize("gap, skew", [(0, 0), (3, 1)], ids=["dense", "gaps-misaligned"])
 def test_guard_arena(engine, case, head_dim, dtype, gap, skew, monkeypatch):
-    q, k, v = make_qkv(2, case.tokens, 2, head_dim, dtype)
+    q, k, v = case.qkv(engine, 2, 2, head_dim, dtype)
     dout = make_dout(q)
-    arena = Arena()
+    arena = Arena(device=q.device)
     guarded = [place(arena, x, gap, skew) for x in (q, k, v, dout)]
     call = lambda *x: grid_attention(*x, **case.options(backend=engine))  # noqa: E731
     with carved(monkeypatch, arena):
@@ -59,8 +59,8 @@ def test_guard_arena(engine, case, head_dim, dtype, gap, skew, monkeypatch):
 
 def test_outputs_do_come_from_the_arena(fused, monkeypatch):
     """Guards the guard test: if the backend allocated elsewhere, its outputs would have no guards."""
-    case, arena = Case("time", (1, 2, 4), "exclude"), Arena()
-    inputs = make_qkv(1, case.tokens, 1, 8)
+    case, arena = Case("time", (1, 2, 4), "exclude"), Arena(device=device_of(fused))
+    inputs = case.qkv(fused, 1, 1, 8)
     with carved(monkeypatch, arena):
         got = with_gradients(
             lambda *x: grid_attention(*x, **case.options(backend=fused)), *inputs, make_dout(inputs[0])
@@ -80,10 +80,10 @@ def test_the_arena_finds_a_write_past_the_end():
 
 def test_class_weights_are_read_in_bounds(engine):
     case = with_weights(Case("space", (3, 3, 5), "per_group"), 2)
-    arena = Arena()
+    arena = Arena(device=device_of(engine))
     wide = arena.take(2, 9)[:, :5].copy_(case.weights)  # a strided view, NaN behind each row
     guarded = Case(case.scheme, case.grid, case.cls, weights=wide)
-    q, k, v = make_qkv(2, case.tokens, 2, 8)
+    q, k, v = case.qkv(engine, 2, 2, 8)
     check(lambda *x: grid_attention(*x, **guarded.options(backend=engine)), q, k, v, case)
     assert arena.damage() == []
 
@@ -94,9 +94,9 @@ def test_class_weights_are_read_in_bounds(engine):
 def test_nothing_survives_a_call_full_of_nan(engine, frames, cls, dtype):
     """Stack and workspace are dirty from the call before, of the longest sequence of the same kernel."""
     longest, case = Case("time", (1, 2, max(16, frames)), cls), Case("time", (1, 2, frames), cls)
-    nan = torch.full((1, longest.tokens, 1, 8), float("nan"), dtype=dtype)
+    nan = torch.full((1, longest.tokens, 1, 8), float("nan"), dtype=dtype, device=device_of(engine))
     with_gradients(lambda *x: grid_attention(*x, **longest.options(backend=engine)), nan, nan, nan, nan)
-    q, k, v = make_qkv(1, case.tokens, 1, 8, dtype)
+    q, k, v = case.qkv(engine, 1, 1, 8, dtype)
     after = with_gradients(lambda *x: grid_attention(*x, **case.options(backend=engine)), q, k, v, make_dout(q))
     assert all(x.isfinite().all() for x in after)
 

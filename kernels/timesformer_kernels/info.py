@@ -17,7 +17,7 @@ from . import __version__, native, registry
 
 HEAD_DIM = 64  # that of every published TimeSformer
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-PREFIX = "TIMESFORMER_KERNELS_"
+PREFIXES = ("TIMESFORMER_KERNELS_", "TRITON_")
 
 
 def _version(distribution: str) -> str | None:
@@ -65,11 +65,20 @@ def _backends(device_type: str) -> dict:
     }
 
 
+def _auto(device_type: str) -> dict:
+    """{dtype: the backend that auto takes at head_dim 64}."""
+    return {
+        str(dtype).removeprefix("torch."): registry.resolve("auto", device_type, dtype, HEAD_DIM).name
+        for dtype in DTYPES
+    }
+
+
 def report() -> dict:
     """Everything the command prints, as JSON-ready values; absent things are None."""
     gpus = _gpus() if torch.cuda.is_available() else []
     libraries = _libraries()
     usable = libraries["_cpu"]["ok"]
+    devices = ("cpu", "cuda") if gpus else ("cpu",)
     return {
         "version": __version__,
         "location": str(Path(__file__).parent),
@@ -84,8 +93,9 @@ def report() -> dict:
             "threads": torch.get_num_threads(),
         },
         "libraries": libraries,
-        "backends": {device: _backends(device) for device in ("cpu", *(["cuda"] if gpus else []))},
-        "environment": {name: value for name, value in sorted(os.environ.items()) if name.startswith(PREFIX)},
+        "backends": {device: _backends(device) for device in devices},
+        "auto": {device: _auto(device) for device in devices},
+        "environment": {name: value for name, value in sorted(os.environ.items()) if name.startswith(PREFIXES)},
     }
 
 
@@ -124,9 +134,11 @@ def render(info: dict) -> str:
         for dtype, answers in dtypes.items():
             for name, reason in answers.items():
                 by_reason.setdefault((name, reason or "can run"), []).append(dtype)
+        for dtype, name in info["auto"][device].items():
+            by_reason.setdefault(("auto", f"takes {name}"), []).append(dtype)
         lines += _rows([(name, f"{answer} [{', '.join(names)}]") for (name, answer), names in by_reason.items()])
     lines.append("environment")
-    lines += _rows(list(info["environment"].items()) or [(f"{PREFIX}*", "none set")])
+    lines += _rows(list(info["environment"].items()) or [(", ".join(f"{prefix}*" for prefix in PREFIXES), "none set")])
     return "\n".join(lines)
 
 

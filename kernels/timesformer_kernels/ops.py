@@ -31,44 +31,72 @@ from .grid import Scheme, View
 
 NAMESPACE = "timesformer_kernels"
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
+_QKV = "Tensor q, Tensor k, Tensor v"
 _VIEW = "SymInt[] groups, SymInt[] sequence, str cls, float scale, str backend, Tensor? cls_weights"
+_BWD = f"Tensor dout, {_QKV}, Tensor? out, Tensor? stats, {_VIEW}"
 
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
-LIBRARY.define(f"attn_fwd(Tensor q, Tensor k, Tensor v, {_VIEW}) -> Tensor", tags=_TAGS)
-LIBRARY.define(f"attn_bwd(Tensor dout, Tensor q, Tensor k, Tensor v, {_VIEW}) -> (Tensor, Tensor, Tensor)", tags=_TAGS)
+LIBRARY.define(f"attn_fwd({_QKV}, {_VIEW}) -> (Tensor out, Tensor stats)", tags=_TAGS)
+LIBRARY.define(f"attn_bwd({_BWD}) -> (Tensor, Tensor, Tensor)", tags=_TAGS)
 
 
 # --- the bare functions: plain tensors in, plain tensors out ---------------------------------------------------------
 
 
 def _backend(q: Tensor, name: str) -> registry.Backend:
-    return registry.resolve(name, q.device.type, q.dtype, q.shape[3])
+    return registry.resolve(name, q.device.type, q.dtype, int(q.shape[3]))
+
+
+def _new_stats(backend: registry.Backend, q: Tensor, shape, view: View) -> Tensor | None:
+    """Room for what the backward needs of the forward beside its operands and result; None where that is nothing."""
+    if backend.stats_size is None:
+        return None
+    size = backend.stats_size(shape, q.dtype, view)
+    return q.new_empty(size, dtype=torch.float32) if size > 0 else None
 
 
 def _forward(q, k, v, view: View, scale: float, backend: str, cls_weights):
-    return _backend(q, backend).forward(q, k, v, view, scale, cls_weights)
+    """(out, stats), with the statistics that the backward needs, None where it needs none."""
+    chosen = _backend(q, backend)
+    stats = _new_stats(chosen, q, q.shape, view)
+    return chosen.forward(q, k, v, view, scale, cls_weights, stats), stats
 
 
-def _backward(dout, q, k, v, view: View, scale: float, backend: str, cls_weights, grads=None):
-    return _backend(q, backend).backward(dout, q, k, v, view, scale, cls_weights, grads)
+def _tensors(q, out, stats):
+    """For an op or a transform, whose results are never None."""
+    return out, q.new_empty(0, dtype=torch.float32) if stats is None else stats
+
+
+def _backward(dout, q, k, v, out, stats, view: View, scale: float, backend: str, cls_weights, grads=None):
+    saved = None if stats is None else (out, stats)
+    return _backend(q, backend).backward(dout, q, k, v, view, scale, cls_weights, grads, saved)
 
 
 # --- mount 1: the registered ops -------------------------------------------------------------------------------------
 
 
 def _op_forward(q, k, v, groups, sequence, cls, scale, backend, cls_weights):
-    return _forward(q, k, v, View.from_flat(groups, sequence, cls), scale, backend, cls_weights)
+    view = View.from_flat(groups, sequence, cls)
+    return _tensors(q, *_forward(q, k, v, view, scale, backend, cls_weights))
 
 
-def _op_backward(dout, q, k, v, groups, sequence, cls, scale, backend, cls_weights):
-    return _backward(dout, q, k, v, View.from_flat(groups, sequence, cls), scale, backend, cls_weights)
+def _op_backward(dout, q, k, v, out, stats, groups, sequence, cls, scale, backend, cls_weights):
+    return _backward(dout, q, k, v, out, stats, View.from_flat(groups, sequence, cls), scale, backend, cls_weights)
+
+
+def _fake_forward(q, k, v, groups, sequence, cls, scale, backend, cls_weights):
+    # A named backend is not asked whether it can run here: shapes may be wanted of a device that is not at hand.
+    chosen = _backend(q, backend) if backend == "auto" else registry.get(backend)
+    shape = (*q.shape[:3], int(q.shape[3]))  # kernels are compiled for one head_dim
+    stats = _new_stats(chosen, q, shape, View.from_flat(groups, sequence, cls))
+    # new_empty, not empty_like: results are contiguous whatever the strides of q (the compiler relies on it).
+    return _tensors(q, q.new_empty(q.shape), stats)
 
 
 for _key in ("CPU", "CUDA"):
     LIBRARY.impl("attn_fwd", _op_forward, _key)
     LIBRARY.impl("attn_bwd", _op_backward, _key)
-# new_empty, not empty_like: results are contiguous whatever the strides of q (the compiler relies on it).
-torch.library.register_fake(f"{NAMESPACE}::attn_fwd", lambda q, *_: q.new_empty(q.shape), lib=LIBRARY)
+torch.library.register_fake(f"{NAMESPACE}::attn_fwd", _fake_forward, lib=LIBRARY)
 torch.library.register_fake(
     f"{NAMESPACE}::attn_bwd", lambda dout, q, *_: tuple(q.new_empty(q.shape) for _ in range(3)), lib=LIBRARY
 )
@@ -78,15 +106,16 @@ ATTN_BWD = torch.ops.timesformer_kernels.attn_bwd.default
 
 def _gradients(run, ctx, dout):
     """The autograd formula: gradients of q, k, v by `run`, None where none is wanted and for everything else."""
-    q, k, v, cls_weights = ctx.saved_tensors
-    grads = run(dout, q, k, v, *ctx.options, cls_weights)
+    q, k, v, cls_weights, *saved = ctx.saved_tensors
+    grads = run(dout, q, k, v, *(saved or (None, None)), *ctx.options, cls_weights)
     return *(g if need else None for g, need in zip(grads, ctx.needs_input_grad, strict=False)), *[None] * ctx.others
 
 
 def _setup_context(ctx, inputs, output):
     q, k, v, *ctx.options, cls_weights = inputs
     ctx.others = len(inputs) - 3
-    ctx.save_for_backward(q, k, v, cls_weights)
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(q, k, v, cls_weights, *(output if output[1].numel() > 0 else ()))
 
 
 def _refuse(ctx, *grads):
@@ -106,28 +135,33 @@ def _fold_batch(info, in_dims, *tensors):
     return out
 
 
-def _vmap(count, call):
-    """A vmap rule for `call(*tensors, *options, cls_weights)` whose first `count` arguments are tensors."""
+def _vmap(count, call, forward=None):
+    """A vmap rule for `call(*tensors, *options, cls_weights)` whose first `count` arguments are tensors.
+
+    forward: given for a backward, whose statistics are folded as the forward's rule split them. Where the forward ran
+    outside of vmap they are of fewer clips, and only the backend knows how these lie: so they are made again.
+    """
 
     def rule(info, in_dims, *args):
         tensors = _fold_batch(info, (*in_dims[:count], in_dims[-1]), *args[:count], args[-1])
+        if forward is not None and args[5] is not None and in_dims[5] is None:
+            tensors[4:6] = forward(*tensors[1:4], *args[count:-1], tensors[-1])
         out = call(*tensors[:-1], *args[count:-1], tensors[-1])
-        split = [x.unflatten(0, (info.batch_size, -1)) for x in (out if isinstance(out, tuple) else (out,))]
-        return (tuple(split), (0,) * len(split)) if isinstance(out, tuple) else (split[0], 0)
+        return tuple(x.unflatten(0, (info.batch_size, -1)) for x in out), (0,) * len(out)
 
     return rule
 
 
 torch.library.register_autograd(
     f"{NAMESPACE}::attn_fwd",
-    lambda ctx, dout: _gradients(ATTN_BWD, ctx, dout),
+    lambda ctx, dout, dstats: _gradients(ATTN_BWD, ctx, dout),
     setup_context=_setup_context,
     lib=LIBRARY,
 )
 # Without a formula of its own the backward op would answer a double backward with a warning and wrong numbers.
 torch.library.register_autograd(f"{NAMESPACE}::attn_bwd", _refuse, lib=LIBRARY)
 torch.library.register_vmap(f"{NAMESPACE}::attn_fwd", _vmap(3, ATTN_FWD), lib=LIBRARY)
-torch.library.register_vmap(f"{NAMESPACE}::attn_bwd", _vmap(4, ATTN_BWD), lib=LIBRARY)
+torch.library.register_vmap(f"{NAMESPACE}::attn_bwd", _vmap(6, ATTN_BWD, ATTN_FWD), lib=LIBRARY)
 
 
 # --- mount 2: autograd.Functions over the bare functions -------------------------------------------------------------
@@ -136,10 +170,10 @@ torch.library.register_vmap(f"{NAMESPACE}::attn_bwd", _vmap(4, ATTN_BWD), lib=LI
 class _Backward(torch.autograd.Function):
     """The backward where it might be differentiated or vmapped again: refuses a second order."""
 
-    forward = staticmethod(_backward)
+    forward = staticmethod(lambda *inputs: _backward(*inputs))  # without grads, which apply() would fill in
     setup_context = staticmethod(lambda ctx, inputs, output: None)
     backward = staticmethod(_refuse)
-    vmap = staticmethod(lambda info, in_dims, *args: _vmap(4, _Backward.apply)(info, in_dims, *args))
+    vmap = staticmethod(lambda *args: _vmap(6, _Backward.apply, _FuncAttention.apply)(*args))
 
 
 class FusedAttention(torch.autograd.Function):
@@ -147,21 +181,24 @@ class FusedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *inputs):
-        _setup_context(ctx, inputs, None)
-        return _forward(*inputs)
+        q, k, v, *ctx.options, cls_weights = inputs
+        ctx.others = len(inputs) - 3
+        out, stats = _forward(*inputs)
+        ctx.save_for_backward(q, k, v, cls_weights, *(() if stats is None else (out, stats)))
+        return out
 
     @staticmethod
-    def backward(ctx, dout):
+    def backward(ctx, dout, dstats=None):
         # Grad mode is on inside a backward only under create_graph or torch.func.
         return _gradients(_Backward.apply if torch.is_grad_enabled() else _backward, ctx, dout)
 
 
 class _FuncAttention(FusedAttention):
-    """The form torch.func asks for."""
+    """The form torch.func asks for, where what the backward needs is a result."""
 
-    forward = staticmethod(_forward)
+    forward = staticmethod(lambda q, *rest: _tensors(q, *_forward(q, *rest)))
     setup_context = staticmethod(_setup_context)
-    vmap = staticmethod(lambda info, in_dims, *args: _vmap(3, _FuncAttention.apply)(info, in_dims, *args))
+    vmap = staticmethod(lambda *args: _vmap(3, _FuncAttention.apply)(*args))
 
 
 class PackedAttention(torch.autograd.Function):
@@ -171,13 +208,14 @@ class PackedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, qkv, *rest):
         *ctx.options, cls_weights = rest
-        ctx.save_for_backward(qkv, cls_weights)
-        return _forward(*qkv.unbind(2), *rest)
+        out, stats = _forward(*qkv.unbind(2), *rest)
+        ctx.save_for_backward(qkv, cls_weights, *(() if stats is None else (out, stats)))
+        return out
 
     @staticmethod
     def backward(ctx, dout):
-        qkv, cls_weights = ctx.saved_tensors
-        inputs = (dout, *qkv.unbind(2), *ctx.options, cls_weights)
+        qkv, cls_weights, *saved = ctx.saved_tensors
+        inputs = (dout, *qkv.unbind(2), *(saved or (None, None)), *ctx.options, cls_weights)
         if torch.is_grad_enabled():
             dqkv = torch.stack(_Backward.apply(*inputs), 2)
         else:
@@ -247,12 +285,12 @@ def _attend(q, k, v, view: View, scale, backend: str, cls_weights=None, packed=N
     if _needs_op(q, k, v):
         if not torch.compiler.is_compiling():
             _watched()
-        return ATTN_FWD(q, k, v, *view.flat(), view.cls, scale, backend, cls_weights)
+        return ATTN_FWD(q, k, v, *view.flat(), view.cls, scale, backend, cls_weights)[0]
     chosen = _backend(q, backend)
     if chosen is reference.BACKEND:
         return reference.attend(q, k, v, view, scale, cls_weights)
     if torch._C._are_functorch_transforms_active():
-        return _FuncAttention.apply(q, k, v, view, scale, chosen.name, cls_weights)
+        return _FuncAttention.apply(q, k, v, view, scale, chosen.name, cls_weights)[0]
     wants_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     if wants_grad and packed is not None and forward_ad._current_level < 0:
         return PackedAttention.apply(packed, view, scale, chosen.name, cls_weights)

@@ -9,13 +9,13 @@ from .. import native
 from ..registry import Backend
 
 
-def forward(q, k, v, view, scale, cls_weights):
+def forward(q, k, v, view, scale, cls_weights, stats=None):
     out = q.new_empty(q.shape)
     native.attention(q, k, v, out, view, scale, _dense(cls_weights))
     return out
 
 
-def backward(dout, q, k, v, view, scale, cls_weights, grads=None):
+def backward(dout, q, k, v, view, scale, cls_weights, grads=None, saved=None):
     if dout.stride(3) != 1 and dout.shape[3] > 1:  # y.sum().backward() hands in an expanded scalar
         dout = dout.contiguous()
     grads = grads or tuple(q.new_empty(q.shape) for _ in range(3))

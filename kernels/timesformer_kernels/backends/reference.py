@@ -77,11 +77,11 @@ def attend(
     return out.to(dtype)
 
 
-def forward(q, k, v, view, scale, cls_weights):
+def forward(q, k, v, view, scale, cls_weights, stats=None):
     return attend(q, k, v, view, scale, cls_weights).contiguous()
 
 
-def backward(dout, q, k, v, view, scale, cls_weights, grads=None):
+def backward(dout, q, k, v, view, scale, cls_weights, grads=None, saved=None):
     """The formula written out, for where autograd cannot look: inside a registered op."""
     dtype = q.dtype
     q, k, v, dout = _wide(q, k, v, dout)

@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the attention kernels share on the device: where a member of a sequence lives, and rows in and out of memory.
+
+A sequence has M members: its L patches and, where the class token takes part, the class row as member 0. `P` is the
+`regimes.Plan` a kernel is compiled for. P.CLS says what the class row is: 0 no member (modes "none" and "exclude"), 1 a
+key ("key"), 2 a key and a query of every group ("per_group"), 3 the same with one softmax over all groups ("global").
+
+Strides arrive divided by P.VEC, the elements in 16 bytes, and are multiplied again here: so the compiler knows that rows
+are aligned without specialising on the numbers. P.VEC is 1 where some row is not.
+
+`where` is (groups, gn1, gn2, gs0, gs1, gs2, ln1, ln2, ls0, ls1, ls2): the number of groups, then for groups and sequence
+the sizes of the second and third axis and the steps of up to three, in token rows.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def walk(index, n1, n2, step0, step1, step2, AXES: tl.constexpr):
+    """Token rows to the `index`-th point of up to three axes, outermost first."""
+    if AXES == 0:
+        return index * 0
+    elif AXES == 1:
+        return index * step0
+    elif AXES == 2:
+        return index // n1 * step0 + index % n1 * step1
+    else:
+        outer = index // n2
+        return outer // n1 * step0 + outer % n1 * step1 + index % n2 * step2
+
+
+@triton.jit
+def token_rows(group, place, where, P: tl.constexpr):
+    """The token row of each member: `place` in the sequence of `group`."""
+    groups, gn1, gn2, gs0, gs1, gs2, ln1, ln2, ls0, ls1, ls2 = where
+    row = P.FIRST + walk(group, gn1, gn2, gs0, gs1, gs2, P.GROUP_AXES)
+    if P.CLS > 0:
+        return tl.where(place == 0, 0, row + walk(place - 1, ln1, ln2, ls0, ls1, ls2, P.SEQ_AXES))
+    else:
+        return row + walk(place, ln1, ln2, ls0, ls1, ls2, P.SEQ_AXES)
+
+
+@triton.jit
+def row_offsets(row, stride, P: tl.constexpr):
+    """Elements to the first of each row; 32 bits where a clip is known to fit them."""
+    if P.WIDE:
+        row = row.to(tl.int64)
+    return row * stride * P.VEC
+
+
+@triton.jit
+def load_rows(ptr, row, stride, keep, P: tl.constexpr):
+    """Rows [R, BLOCK_D] at ptr, zero where not `keep` [R] (None: all are kept) and past the head dimension."""
+    d = tl.arange(0, P.BLOCK_D)
+    at = ptr + row_offsets(row, stride, P)[:, None] + d[None, :]
+    if keep is None:
+        if P.BLOCK_D == P.D:
+            x = tl.load(at)
+        else:
+            x = tl.load(at, mask=(d < P.D)[None, :], other=0.0)
+    elif P.BLOCK_D == P.D:
+        x = tl.load(at, mask=keep[:, None], other=0.0)
+    else:
+        x = tl.load(at, mask=keep[:, None] & (d < P.D)[None, :], other=0.0)
+    if P.UPCAST:  # the interpreter multiplies the bit patterns of bfloat16
+        x = x.to(tl.float32)
+    return x
+
+
+@triton.jit
+def store_rows(ptr, row, stride, x, keep, P: tl.constexpr):
+    """The inverse of load_rows, in the dtype of the pointer."""
+    d = tl.arange(0, P.BLOCK_D)
+    at = ptr + row_offsets(row, stride, P)[:, None] + d[None, :]
+    if P.BLOCK_D == P.D:
+        tl.store(at, x.to(ptr.dtype.element_ty), mask=keep[:, None])
+    else:
+        tl.store(at, x.to(ptr.dtype.element_ty), mask=keep[:, None] & (d < P.D)[None, :])
+
+
+@triton.jit
+def store_parts(ptr, index, x, keep, P: tl.constexpr):
+    """Rows of x into row index[R] of a contiguous float32 [.., D]: what each group has of the class row."""
+    d = tl.arange(0, P.BLOCK_D)
+    mask = keep[:, None]
+    if P.BLOCK_D != P.D:
+        mask = mask & (d < P.D)[None, :]
+    tl.store(ptr + (index * P.D)[:, None] + d[None, :], x, mask=mask)
+
+
+@triton.jit
+def store_zero_row(ptr, P: tl.constexpr):
+    """Zeros for the class row of one head, which takes no part."""
+    d = tl.arange(0, P.BLOCK_D)
+    tl.store(ptr + d, (d * 0).to(ptr.dtype.element_ty), mask=d < P.D)
+
+
+@triton.jit
+def product(a, b, P: tl.constexpr):
+    """a @ b in float32, the wider of the two rounded to the type of b."""
+    return tl.dot(a.to(b.dtype), b, input_precision=P.PRECISION)
+
+
+@triton.jit
+def inner(a, b, P: tl.constexpr):
+    """a [M, BLOCK_D] @ b [N, BLOCK_D]^T in float32.
+
+    A true float32 product holds whole rows of both in registers, so it is done over 32 columns at a time.
+    """
+    if P.PRECISION == "ieee" and a.dtype == tl.float32 and a.shape[1] > 32:
+        even_a, odd_a = tl.split(tl.reshape(a, [a.shape[0], a.shape[1] // 2, 2]))
+        even_b, odd_b = tl.split(tl.reshape(b, [b.shape[0], b.shape[1] // 2, 2]))
+        return inner(even_a, even_b, P) + inner(odd_a, odd_b, P)
+    else:
+        return product(a, tl.trans(b), P)
+
+
+@triton.jit
+def class_gradient(dout, place, batch, group, groups, weights_ptr, P: tl.constexpr):
+    """dout [R, D] with the rows of the class query scaled by what their group counts for in the output."""
+    if P.WEIGHTS:
+        share = tl.load(weights_ptr + batch * groups + group)
+    else:
+        share = 1.0 / groups + 0.0 * group
+    scaled = (dout.to(tl.float32) * tl.where(place == 0, share, 1.0)[:, None]).to(dout.dtype)
+    return tl.where((place == 0)[:, None], scaled, dout)
+
+
+@triton.jit
+def class_delta(delta, dout, place, cls_out_ptr, index, P: tl.constexpr):
+    """delta [R] = sum(o * dout) with the class row's own: the output holds the mean over the groups, cls_out this one's."""
+    d = tl.arange(0, P.BLOCK_D)
+    own = tl.load(cls_out_ptr + index * P.D + d, mask=d < P.D, other=0.0)
+    return tl.where(place == 0, tl.sum(own[None, :] * dout.to(tl.float32), 1), delta)

@@ -1,0 +1,393 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention over sequences that fit on chip whole: time attention always, space attention up to 16 x 16 patches.
+
+A program serves one head and holds all keys and values of its sequences as blocks whose sizes are powers of two (197
+members are 128 + 64 + 16 rows, not 256), so every softmax row is complete: one pass, no running maximum, and a
+backward that needs neither the output nor a log-sum-exp.
+
+Short sequences are packed, P.PACK of them one below the other in one block. Scores outside the blocks on the diagonal
+are discarded; their products still meet the rows of other sequences with weight zero, and zero times NaN is NaN. So
+a tile in which anything is not finite is done again, one sequence at a time.
+"""
+
+import triton
+import triton.language as tl
+
+from .device import (
+    class_delta,
+    class_gradient,
+    inner,
+    load_rows,
+    product,
+    store_parts,
+    store_rows,
+    store_zero_row,
+    token_rows,
+)
+
+INTEGERS = (
+    *("qb", "qs", "qh", "kb", "ks", "kh", "vb", "vs", "vh", "ob", "os", "oh", "gb", "gs", "gh"),
+    *("tokens", "heads", "groups", "tiles", "gn1", "gn2", "gs0", "gs1", "gs2", "ls0", "ls1", "ls2"),
+)
+LOG2E = tl.constexpr(1.4426950408889634)
+INFINITY = tl.constexpr(float("inf"))
+
+
+@triton.jit
+def members(index, tile, where, part, P: tl.constexpr):
+    """What row `index` of a tile is: its group, its place in the sequence, its token row, and whether it exists.
+
+    part: the one sequence of a packed tile that is to exist, all of them if negative.
+    """
+    if P.PACK > 1:
+        own = index // P.M
+        group = tile * P.PACK + own
+        place = index % P.M
+        exists = (own < P.PACK) & (group < where[0]) & ((own == part) | (part < 0))
+    else:
+        group = index * 0 + tile
+        place = tl.minimum(index, P.M - 1)
+        exists = index < P.M
+    row = token_rows(group, place, where, P)
+    if P.PACK > 1:  # says that addresses change with `part`: kept in registers beside the data they cost occupancy
+        row = tl.where(exists, row, 0)
+    return group, place, row, exists
+
+
+@triton.jit
+def load_block(ptr, stride, tile, where, part, start, SIZE: tl.constexpr, P: tl.constexpr):
+    _, _, row, exists = members(start + tl.arange(0, SIZE), tile, where, part, P)
+    return load_rows(ptr, row, stride, exists, P)
+
+
+@triton.jit
+def load_blocks(ptr, stride, tile, where, part, P: tl.constexpr):
+    """All members of a tile as a tuple of [P.BLOCKS[i], BLOCK_D]."""
+    out = ()
+    for i in tl.static_range(len(P.BLOCKS)):
+        out = out + (load_block(ptr, stride, tile, where, part, P.STARTS[i], P.BLOCKS[i], P),)
+    return out
+
+
+@triton.jit
+def zero_block(SIZE: tl.constexpr, P: tl.constexpr):
+    BLOCK_D: tl.constexpr = P.BLOCK_D
+    return tl.zeros([SIZE, BLOCK_D], tl.float32)
+
+
+@triton.jit
+def zero_blocks(P: tl.constexpr):
+    out = ()
+    for i in tl.static_range(len(P.BLOCKS)):
+        out = out + (zero_block(P.BLOCKS[i], P),)
+    return out
+
+
+@triton.jit
+def hide(x, other, group, place, start, SIZE: tl.constexpr, P: tl.constexpr):
+    """x [queries, SIZE keys from start], `other` where a query does not see a key.
+
+    In a packed tile rows that do not exist see one another: they are zero, and nobody reads what comes of them.
+    """
+    index = start + tl.arange(0, SIZE)
+    if P.PACK > 1:
+        same = (tl.arange(0, P.BLOCK_M) // P.M)[:, None] == (index // P.M)[None, :]
+        if P.CLS == 1:  # the class row asks nothing
+            same = same & (place > 0)[:, None]
+        x = tl.where(same, x, other)
+    elif start + SIZE > P.M:
+        x = tl.where((index < P.M)[None, :], x, other)
+    if P.CLS == 3:  # the one softmax of the class row counts the class key once
+        x = tl.where(((place == 0) & (group > 0))[:, None] & (index % P.M == 0)[None, :], other, x)
+    return x
+
+
+@triton.jit
+def scores(q, k, group, place, scale, P: tl.constexpr):
+    """q @ k^T times scale * log2(e) for every block of keys, -inf where unseen, and the maxima of the rows."""
+    BLOCK_M: tl.constexpr = P.BLOCK_M
+    top = tl.full([BLOCK_M], -INFINITY, tl.float32)
+    out = ()
+    for i in tl.static_range(len(P.BLOCKS)):
+        s = inner(q, k[i], P) * (scale * LOG2E)
+        s = hide(s, -INFINITY, group, place, P.STARTS[i], P.BLOCKS[i], P)
+        top = tl.maximum(top, tl.max(s, 1))
+        out = out + (s,)
+    if P.PACK > 1 and P.CLS == 1:  # its row sees nothing: exp2(-inf - 0) = 0, and no NaN for the others
+        top = tl.where(top > -INFINITY, top, 0.0)
+    return out, top
+
+
+@triton.jit
+def finite(x):
+    """Whether [R, C] holds only finite numbers."""
+    return tl.sum(tl.sum(x * 0.0, 1), 0) == 0.0
+
+
+@triton.jit
+def forward_tile(pointers, numbers, where, part, P: tl.constexpr):
+    """One tile of resident_forward, or one sequence of it. Returns whether all was finite."""
+    q_ptr, k_ptr, v_ptr, o_ptr, cls_ptr, top_ptr, lse_ptr = pointers
+    qs, ks, vs, batch, head, tile, heads, tiles, scale = numbers
+    groups = where[0]
+    k = load_blocks(k_ptr, ks, tile, where, part, P)
+    v = load_blocks(v_ptr, vs, tile, where, part, P)
+    fine = True
+    for m0 in range(P.SKIP, P.ROWS, P.BLOCK_M):
+        group, place, row, exists = members(m0 + tl.arange(0, P.BLOCK_M), tile, where, part, P)
+        q = load_rows(q_ptr, row, qs, exists if P.PACK > 1 else None, P)
+        s, top = scores(q, k, group, place, scale, P)
+        total = top * 0
+        acc = zero_block(P.BLOCK_M, P)
+        for i in tl.static_range(len(P.BLOCKS)):
+            e = tl.exp2(s[i] - top[:, None])
+            total += tl.sum(e, 1)
+            acc += product(e, v[i], P)
+        if P.PACK > 1:
+            fine = finite(acc)
+        out = acc / total[:, None]
+        store_rows(o_ptr, row, heads * (P.D // P.VEC), out, exists & (place >= (P.CLS > 0)), P)
+        if P.CLS >= 2:
+            index = (batch * groups + group) * heads + head
+            first = exists & (place == 0)
+            if P.CLS == 3:
+                out = acc
+                tl.store(top_ptr + index, top, mask=first)
+                tl.store(top_ptr + index + tl.num_programs(0) // tiles * groups, total, mask=first)
+            store_parts(cls_ptr, index, out, first, P)
+        if P.STATS:
+            at = lse_ptr + ((batch * heads + head) * groups + group) * P.M + place
+            tl.store(at, top + tl.log2(total), mask=exists)
+    return fine
+
+
+@triton.jit(do_not_specialize=INTEGERS[:9] + INTEGERS[15:])
+def resident_forward(
+    q_ptr, k_ptr, v_ptr, o_ptr, cls_ptr, top_ptr, lse_ptr,
+    qb, qs, qh, kb, ks, kh, vb, vs, vh,
+    tokens, heads, groups, tiles, gn1, gn2, gs0, gs1, gs2, ls0, ls1, ls2, scale,
+    P: tl.constexpr,
+):  # fmt: skip
+    """o [B, S, H, D] for one head of a tile of sequences. Grid (batch * tiles * heads,), heads fastest.
+
+    cls_ptr [B, G, H, D] float32: the class row's output in each group, for P.CLS == 3 not yet divided by its sum;
+    top_ptr [2, B, G, H]: that row's maximum and sum, then. lse_ptr [B, H, G, M]: log2-sum-exp2, if P.STATS.
+    """
+    pid = tl.program_id(0)
+    head = (pid % heads).to(tl.int64)
+    tile = pid // heads % tiles
+    batch = (pid // heads // tiles).to(tl.int64)
+    where = (groups, gn1, gn2, gs0, gs1, gs2, P.SEQ[1], P.SEQ[2], ls0, ls1, ls2)
+    q_ptr += (batch * qb + head * qh) * P.VEC
+    o_ptr += (batch * tokens * heads + head) * P.D
+    k_ptr += (batch * kb + head * kh) * P.VEC
+    v_ptr += (batch * vb + head * vh) * P.VEC
+    if P.FIRST == 1 and P.CLS < 2:
+        if tile == 0:
+            store_zero_row(o_ptr, P)
+    pointers = (q_ptr, k_ptr, v_ptr, o_ptr, cls_ptr, top_ptr, lse_ptr)
+    numbers = (qs, ks, vs, batch, head, tile, heads, tiles, scale)
+    if P.PACK == 1:
+        forward_tile(pointers, numbers, where, -1, P)
+    else:
+        part = -1
+        parts = 0
+        while part < parts:
+            if not forward_tile(pointers, numbers, where, part, P):
+                parts = P.PACK
+            part += 1
+
+
+@triton.jit
+def store_gradient(
+    ptr, cls_ptr, which, x, start, batch, tile, head, heads, stride, where, part, SIZE: tl.constexpr, P: tl.constexpr
+):
+    """One block of a gradient: patches to their token rows, the class row's part to cls_ptr [B, G, H, 3, D]."""
+    group, place, row, exists = members(start + tl.arange(0, SIZE), tile, where, part, P)
+    store_rows(ptr, row, stride, x, exists & (place >= (P.CLS > 0)), P)
+    if P.CLS > 0:
+        index = ((batch * where[0] + group) * heads + head) * 3 + which
+        store_parts(cls_ptr, index, x, exists & (place == 0), P)
+
+
+@triton.jit
+def row_sums(q, do, k, v, group, place, scale, P: tl.constexpr):
+    """Of every row: maximum and sum of its exponentials, sum of p * dp; and all scores and dp = do @ v^T."""
+    s, top = scores(q, k, group, place, scale, P)
+    total = top * 0
+    delta = top * 0
+    dp = ()
+    for i in tl.static_range(len(P.BLOCKS)):
+        e = tl.exp2(s[i] - top[:, None])
+        x = inner(do, v[i], P)
+        if P.PACK > 1:  # what is discarded may not be finite
+            x = hide(x, 0.0, group, place, P.STARTS[i], P.BLOCKS[i], P)
+        total += tl.sum(e, 1)
+        delta += tl.sum(hide_packed(e * x, group, place, P.STARTS[i], P.BLOCKS[i], P), 1)
+        dp = dp + (x,)
+    return s, dp, top, total, delta / total
+
+
+@triton.jit
+def hide_packed(x, group, place, start, SIZE: tl.constexpr, P: tl.constexpr):
+    """Zero where a packed tile holds two sequences' product: a row's NaN must not reach the other's gradient."""
+    if P.PACK > 1:
+        x = hide(x, 0.0, group, place, start, SIZE, P)
+    return x
+
+
+@triton.jit
+def backward_tile(pointers, numbers, where, part, P: tl.constexpr):
+    """One tile of resident_backward, or one sequence of it. Returns whether all was finite."""
+    q_ptr, k_ptr, v_ptr, do_ptr, _, dq_ptr, dk_ptr, dv_ptr, _, cls_ptr, weights_ptr, _ = pointers
+    qs, ks, vs, os, gs, batch, head, tile, heads, scale, cls_lse, cls_delta = numbers
+    groups = where[0]
+    k = load_blocks(k_ptr, ks, tile, where, part, P)
+    v = load_blocks(v_ptr, vs, tile, where, part, P)
+    fine = True
+    dk = zero_blocks(P)
+    dv = zero_blocks(P)
+    for m0 in range(P.SKIP, P.ROWS, P.BLOCK_M):
+        group, place, row, exists = members(m0 + tl.arange(0, P.BLOCK_M), tile, where, part, P)
+        if P.CLS == 1:  # the class row asks nothing
+            exists = exists & (place > 0)
+        q = load_rows(q_ptr, row, qs, exists if P.PACK > 1 else None, P)
+        do = load_rows(do_ptr, row, os, exists, P)
+        if P.CLS == 2:
+            do = class_gradient(do, place, batch, group, groups, weights_ptr, P)
+        s, dp, top, total, delta = row_sums(q, do, k, v, group, place, scale, P)
+        if P.CLS == 3:
+            top = tl.where(place == 0, cls_lse, top)
+            delta = tl.where(place == 0, cls_delta, delta)
+        dq = zero_block(P.BLOCK_M, P)
+        dk_before = dk
+        dv_before = dv
+        dk = ()
+        dv = ()
+        for i in tl.static_range(len(P.BLOCKS)):
+            p = tl.exp2(s[i] - top[:, None])
+            if P.CLS == 3:
+                p = p / tl.where(place == 0, 1.0, total)[:, None]
+            else:
+                p = p / total[:, None]
+            p = hide_packed(p, group, place, P.STARTS[i], P.BLOCKS[i], P)
+            ds = p * (dp[i] - delta[:, None]) * scale
+            ds = hide_packed(ds, group, place, P.STARTS[i], P.BLOCKS[i], P)
+            dq += product(ds, k[i], P)
+            dk_now = dk_before[i] + product(tl.trans(ds), q, P)
+            dv_now = dv_before[i] + product(tl.trans(p), do, P)
+            if P.PACK > 1:
+                fine = finite(dq + dk_now + dv_now)
+            dk = dk + (dk_now,)
+            dv = dv + (dv_now,)
+        if P.CLS == 1:
+            store_rows(dq_ptr, row, gs, dq, exists, P)
+        else:
+            store_gradient(dq_ptr, cls_ptr, 0, dq, m0, batch, tile, head, heads, gs, where, part, P.BLOCK_M, P)
+    for i in tl.static_range(len(P.BLOCKS)):
+        start = P.STARTS[i]
+        store_gradient(dk_ptr, cls_ptr, 1, dk[i], start, batch, tile, head, heads, gs, where, part, P.BLOCKS[i], P)
+        store_gradient(dv_ptr, cls_ptr, 2, dv[i], start, batch, tile, head, heads, gs, where, part, P.BLOCKS[i], P)
+    return fine
+
+
+@triton.jit
+def backward_tile_saved(pointers, numbers, where, P: tl.constexpr):
+    """The tile of a sequence whose rows' sums the forward has saved: done with one block of keys at a time."""
+    q_ptr, k_ptr, v_ptr, do_ptr, o_ptr, dq_ptr, dk_ptr, dv_ptr, cls_out_ptr, cls_ptr, weights_ptr, lse_ptr = pointers
+    qs, ks, vs, os, gs, batch, head, tile, heads, scale, cls_lse, cls_delta = numbers
+    groups = where[0]
+    k = load_blocks(k_ptr, ks, tile, where, -1, P)
+    v = load_blocks(v_ptr, vs, tile, where, -1, P)
+    dk = zero_blocks(P)
+    dv = zero_blocks(P)
+    for m0 in range(P.SKIP, P.ROWS, P.BLOCK_M):
+        group, place, row, exists = members(m0 + tl.arange(0, P.BLOCK_M), tile, where, -1, P)
+        do = load_rows(do_ptr, row, os, exists, P)
+        if P.CLS == 2:
+            do = class_gradient(do, place, batch, group, groups, weights_ptr, P)
+        out = load_rows(o_ptr, row, heads * (P.D // P.VEC), exists, P)
+        delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1)
+        if P.CLS == 2:
+            delta = class_delta(delta, do, place, cls_out_ptr, (batch * groups + tile) * heads + head, P)
+        index = ((batch * heads + head) * groups + group) * P.M + place
+        lse = tl.load(lse_ptr + index, mask=exists, other=INFINITY)  # what does not exist counts exp2(-inf)
+        if P.CLS == 3:
+            lse = tl.where(place == 0, cls_lse, lse)
+            delta = tl.where(place == 0, cls_delta, delta)
+        q = load_rows(q_ptr, row, qs, None, P)
+        dq = zero_block(P.BLOCK_M, P)
+        dk_before = dk
+        dv_before = dv
+        dk = ()
+        dv = ()
+        for i in tl.static_range(len(P.BLOCKS)):
+            s = inner(q, k[i], P) * (scale * LOG2E)
+            p = tl.exp2(hide(s, -INFINITY, group, place, P.STARTS[i], P.BLOCKS[i], P) - lse[:, None])
+            dv = dv + (dv_before[i] + product(tl.trans(p), do, P),)
+            ds = p * (inner(do, v[i], P) - delta[:, None]) * scale
+            dk = dk + (dk_before[i] + product(tl.trans(ds), q, P),)
+            dq += product(ds, k[i], P)
+        if P.CLS == 1:
+            store_rows(dq_ptr, row, gs, dq, exists, P)
+        else:
+            store_gradient(dq_ptr, cls_ptr, 0, dq, m0, batch, tile, head, heads, gs, where, -1, P.BLOCK_M, P)
+    for i in tl.static_range(len(P.BLOCKS)):
+        start = P.STARTS[i]
+        store_gradient(dk_ptr, cls_ptr, 1, dk[i], start, batch, tile, head, heads, gs, where, -1, P.BLOCKS[i], P)
+        store_gradient(dv_ptr, cls_ptr, 2, dv[i], start, batch, tile, head, heads, gs, where, -1, P.BLOCKS[i], P)
+
+
+@triton.jit(do_not_specialize=INTEGERS)
+def resident_backward(
+    q_ptr, k_ptr, v_ptr, do_ptr, o_ptr, dq_ptr, dk_ptr, dv_ptr, cls_out_ptr, cls_ptr, weights_ptr, cls_lse_ptr, lse_ptr,
+    qb, qs, qh, kb, ks, kh, vb, vs, vh, ob, os, oh, gb, gs, gh,
+    tokens, heads, groups, tiles, gn1, gn2, gs0, gs1, gs2, ls0, ls1, ls2, scale,
+    P: tl.constexpr,
+):  # fmt: skip
+    """dq, dk, dv of one head of a tile of sequences. Grid as in the forward.
+
+    cls_ptr [B, G, H, 3, D] float32: what each group has of the class row's three gradients. weights_ptr [B, G]: what
+    a group counts for in the class row's output, if P.WEIGHTS. cls_lse_ptr [B, H]: P.CLS == 3, log2-sum-exp2 of that
+    row's one softmax. If P.SAVED, o_ptr, lse_ptr [B, H, G, M] and for P.CLS == 2 cls_out_ptr [B, G, H, D]: what the
+    forward left, so that a block of keys is done with at a time. Without it q, k, v and do are enough.
+    """
+    pid = tl.program_id(0)
+    head = (pid % heads).to(tl.int64)
+    tile = pid // heads % tiles
+    batch = (pid // heads // tiles).to(tl.int64)
+    where = (groups, gn1, gn2, gs0, gs1, gs2, P.SEQ[1], P.SEQ[2], ls0, ls1, ls2)
+    q_ptr += (batch * qb + head * qh) * P.VEC
+    k_ptr += (batch * kb + head * kh) * P.VEC
+    v_ptr += (batch * vb + head * vh) * P.VEC
+    do_ptr += (batch * ob + head * oh) * P.VEC
+    dq_ptr += (batch * gb + head * gh) * P.VEC
+    dk_ptr += (batch * gb + head * gh) * P.VEC
+    dv_ptr += (batch * gb + head * gh) * P.VEC
+    if P.SAVED or P.CLS == 3:
+        o_ptr += (batch * tokens * heads + head) * P.D
+    if P.FIRST == 1 and P.CLS == 0:
+        if tile == 0:
+            store_zero_row(dq_ptr, P)
+            store_zero_row(dk_ptr, P)
+            store_zero_row(dv_ptr, P)
+    cls_lse = 0.0
+    cls_delta = 0.0
+    if P.CLS == 3:
+        cls_lse = tl.load(cls_lse_ptr + batch * heads + head)
+        d = tl.arange(0, P.BLOCK_D)
+        out = tl.load(o_ptr + d, mask=d < P.D, other=0.0)
+        cls_delta = tl.sum(out.to(tl.float32) * tl.load(do_ptr + d, mask=d < P.D, other=0.0).to(tl.float32), 0)
+    pointers = (q_ptr, k_ptr, v_ptr, do_ptr, o_ptr, dq_ptr, dk_ptr, dv_ptr, cls_out_ptr, cls_ptr, weights_ptr, lse_ptr)
+    numbers = (qs, ks, vs, os, gs, batch, head, tile, heads, scale, cls_lse, cls_delta)
+    if P.SAVED:
+        backward_tile_saved(pointers, numbers, where, P)
+    elif P.PACK == 1:
+        backward_tile(pointers, numbers, where, -1, P)
+    else:
+        part = -1
+        parts = 0
+        while part < parts:
+            if not backward_tile(pointers, numbers, where, part, P):
+                parts = P.PACK
+            part += 1

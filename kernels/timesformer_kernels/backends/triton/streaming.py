@@ -1,0 +1,254 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention over sequences too long for one program to hold: space attention at 448 pixels, joint attention.
+
+Keys and values pass by in blocks under an online softmax (FlashAttention-2, arXiv 2307.08691). The backward is two
+kernels, one that owns queries and one that owns keys, so that every sum has one writer: no atomics, the same bits at
+every run. The tiles of one head are neighbours in the grid and find its keys and values in the L2 cache.
+"""
+
+import triton
+import triton.language as tl
+
+from .device import (
+    class_delta,
+    class_gradient,
+    inner,
+    load_rows,
+    product,
+    store_parts,
+    store_rows,
+    store_zero_row,
+    token_rows,
+)
+
+INTEGERS = (
+    *("qb", "qs", "qh", "kb", "ks", "kh", "vb", "vs", "vh", "ob", "os", "oh", "gb", "gs", "gh"),
+    *("tokens", "heads", "members", "tiles", "groups", "gn1", "gn2", "gs0", "gs1", "gs2"),
+    *("ln1", "ln2", "ls0", "ls1", "ls2"),
+)
+LOG2E = tl.constexpr(1.4426950408889634)
+INFINITY = tl.constexpr(float("inf"))
+
+
+@triton.jit
+def place_rows(place, members, group, where, P: tl.constexpr):
+    """Token row of each place, that of the last member where there is none, and whether there is one."""
+    return token_rows(group, tl.minimum(place, members - 1), where, P), place < members
+
+
+@triton.jit
+def seen(x, other, place, key, group, P: tl.constexpr):
+    """`other` where the one softmax of the class row would count the class key again; place and key broadcast."""
+    if P.CLS == 3:
+        x = tl.where((place == 0) & (key == 0) & (group > 0), other, x)
+    return x
+
+
+@triton.jit
+def attend(
+    acc, top, total, q, place, k_ptr, v_ptr, ks, vs, start, stop, members, group, where, scale,
+    TAIL: tl.constexpr, P: tl.constexpr,
+):  # fmt: skip
+    """Online softmax over the keys from start to stop. TAIL: some of them may not exist."""
+    for n0 in range(start, stop, P.BLOCK_N):
+        key = n0 + tl.arange(0, P.BLOCK_N)
+        row, exists = place_rows(key, members, group, where, P)
+        k = load_rows(k_ptr, row, ks, exists if TAIL else None, P)
+        s = inner(q, k, P) * (scale * LOG2E)
+        if TAIL:
+            s = tl.where(exists[None, :], s, -INFINITY)
+        s = seen(s, -INFINITY, place[:, None], key[None, :], group, P)
+        higher = tl.maximum(top, tl.max(s, 1))
+        base = tl.where(higher > -INFINITY, higher, 0.0)  # -inf so far is no NaN yet
+        e = tl.exp2(s - base[:, None])
+        kept = tl.exp2(top - base)
+        total = total * kept + tl.sum(e, 1)
+        v = load_rows(v_ptr, row, vs, exists if TAIL else None, P)
+        acc = acc * kept[:, None] + product(e, v, P)
+        top = higher
+    return acc, top, total
+
+
+@triton.jit(do_not_specialize=INTEGERS[:9] + INTEGERS[15:])
+def streaming_forward(
+    q_ptr, k_ptr, v_ptr, o_ptr, cls_ptr, top_ptr, lse_ptr,
+    qb, qs, qh, kb, ks, kh, vb, vs, vh,
+    tokens, heads, members, tiles, groups, gn1, gn2, gs0, gs1, gs2, ln1, ln2, ls0, ls1, ls2, scale,
+    P: tl.constexpr,
+):  # fmt: skip
+    """o [B, S, H, D] for a tile of queries. Grid (batch * groups * heads * tiles,); pointers as in resident_forward."""
+    pid = tl.program_id(0)
+    tile = pid % tiles
+    head = (pid // tiles % heads).to(tl.int64)
+    group = pid // tiles // heads % groups
+    batch = (pid // tiles // heads // groups).to(tl.int64)
+    where = (groups, gn1, gn2, gs0, gs1, gs2, ln1, ln2, ls0, ls1, ls2)
+    k_ptr += (batch * kb + head * kh) * P.VEC
+    v_ptr += (batch * vb + head * vh) * P.VEC
+    o_ptr += (batch * tokens * heads + head) * P.D
+    if P.FIRST == 1 and P.CLS < 2:
+        if (tile == 0) & (group == 0):
+            store_zero_row(o_ptr, P)
+    place = P.SKIP + tile * P.BLOCK_M + tl.arange(0, P.BLOCK_M)
+    row, exists = place_rows(place, members, group, where, P)
+    q = load_rows(q_ptr + (batch * qb + head * qh) * P.VEC, row, qs, None, P)
+    BLOCK_M: tl.constexpr = P.BLOCK_M
+    BLOCK_D: tl.constexpr = P.BLOCK_D
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    top = tl.full([BLOCK_M], -INFINITY, tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    whole = members // P.BLOCK_N * P.BLOCK_N
+    acc, top, total = attend(
+        acc, top, total, q, place, k_ptr, v_ptr, ks, vs, 0, whole, members, group, where, scale, False, P
+    )
+    acc, top, total = attend(
+        acc, top, total, q, place, k_ptr, v_ptr, ks, vs, whole, members, members, group, where, scale, True, P
+    )
+    out = acc / total[:, None]
+    store_rows(o_ptr, row, heads * (P.D // P.VEC), out, exists & (place >= (P.CLS > 0)), P)
+    if P.CLS >= 2:
+        index = place * 0 + ((batch * groups + group) * heads + head)
+        first = place == 0
+        if P.CLS == 3:
+            out = acc
+            tl.store(top_ptr + index, top, mask=first)
+            tl.store(top_ptr + index + (tl.num_programs(0) // tiles).to(tl.int64), total, mask=first)
+        store_parts(cls_ptr, index, out, first, P)
+    if P.STATS:
+        tl.store(
+            lse_ptr + ((batch * heads + head) * groups + group) * members + place, top + tl.log2(total), mask=exists
+        )
+
+
+@triton.jit
+def query_gradient(
+    dq, q, do, lse, delta, place, k_ptr, v_ptr, ks, vs, start, stop, members, group, where, scale,
+    TAIL: tl.constexpr, P: tl.constexpr,
+):  # fmt: skip
+    """dq of a tile of queries over the keys from start to stop. TAIL: some of them may not exist."""
+    for n0 in range(start, stop, P.BLOCK_N):
+        key = n0 + tl.arange(0, P.BLOCK_N)
+        row, exists = place_rows(key, members, group, where, P)
+        k = load_rows(k_ptr, row, ks, exists if TAIL else None, P)
+        v = load_rows(v_ptr, row, vs, exists if TAIL else None, P)
+        p = tl.exp2(inner(q, k, P) * (scale * LOG2E) - lse[:, None])
+        if TAIL:
+            p = tl.where(exists[None, :], p, 0.0)
+        p = seen(p, 0.0, place[:, None], key[None, :], group, P)
+        ds = p * (inner(do, v, P) - delta[:, None]) * scale
+        dq += product(ds, k, P)
+    return dq
+
+
+@triton.jit(do_not_specialize=INTEGERS)
+def streaming_backward_q(
+    q_ptr, k_ptr, v_ptr, do_ptr, o_ptr, dq_ptr, cls_out_ptr, cls_ptr, weights_ptr, cls_lse_ptr, lse_ptr, delta_ptr,
+    qb, qs, qh, kb, ks, kh, vb, vs, vh, ob, os, oh, gb, gs, gh,
+    tokens, heads, members, tiles, groups, gn1, gn2, gs0, gs1, gs2, ln1, ln2, ls0, ls1, ls2, scale,
+    P: tl.constexpr,
+):  # fmt: skip
+    """dq for a tile of queries, and delta = sum(o * do) of each, [B, H, G, M], for the kernel that follows.
+
+    o_ptr, lse_ptr [B, H, G, M]: what the forward left. cls_out_ptr [B, G, H, D] float32: the class row's output in each
+    group (P.CLS == 2). cls_lse_ptr [B, H] (P.CLS == 3). cls_ptr [B, G, H, 3, D] float32 takes its gradient.
+    """
+    pid = tl.program_id(0)
+    tile = pid % tiles
+    head = (pid // tiles % heads).to(tl.int64)
+    group = pid // tiles // heads % groups
+    batch = (pid // tiles // heads // groups).to(tl.int64)
+    where = (groups, gn1, gn2, gs0, gs1, gs2, ln1, ln2, ls0, ls1, ls2)
+    k_ptr += (batch * kb + head * kh) * P.VEC
+    v_ptr += (batch * vb + head * vh) * P.VEC
+    o_ptr += (batch * tokens * heads + head) * P.D
+    do_ptr += (batch * ob + head * oh) * P.VEC
+    dq_ptr += (batch * gb + head * gh) * P.VEC
+    if P.FIRST == 1 and P.CLS == 0:
+        if (tile == 0) & (group == 0):
+            store_zero_row(dq_ptr, P)
+    place = P.SKIP + tile * P.BLOCK_M + tl.arange(0, P.BLOCK_M)
+    row, exists = place_rows(place, members, group, where, P)
+    q = load_rows(q_ptr + (batch * qb + head * qh) * P.VEC, row, qs, None, P)
+    do = load_rows(do_ptr, row, os, exists, P)
+    at = ((batch * heads + head) * groups + group) * members + place
+    lse = tl.load(lse_ptr + at, mask=exists, other=INFINITY)
+    if P.CLS == 2:
+        do = class_gradient(do, place, batch, group + place * 0, groups, weights_ptr, P)
+    out = load_rows(o_ptr, row, heads * (P.D // P.VEC), exists, P)
+    delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1)
+    if P.CLS == 2:
+        delta = class_delta(delta, do, place, cls_out_ptr, (batch * groups + group) * heads + head, P)
+    if P.CLS == 3:
+        lse = tl.where(place == 0, tl.load(cls_lse_ptr + batch * heads + head), lse)
+    tl.store(delta_ptr + at, delta, mask=exists)
+    BLOCK_M: tl.constexpr = P.BLOCK_M
+    BLOCK_D: tl.constexpr = P.BLOCK_D
+    dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    whole = members // P.BLOCK_N * P.BLOCK_N
+    dq = query_gradient(
+        dq, q, do, lse, delta, place, k_ptr, v_ptr, ks, vs, 0, whole, members, group, where, scale, False, P
+    )
+    dq = query_gradient(
+        dq, q, do, lse, delta, place, k_ptr, v_ptr, ks, vs, whole, members, members, group, where, scale, True, P
+    )
+    store_rows(dq_ptr, row, gs, dq, exists & (place >= (P.CLS > 0)), P)
+    if P.CLS >= 2:
+        store_parts(cls_ptr, place * 0 + ((batch * groups + group) * heads + head) * 3, dq, place == 0, P)
+
+
+@triton.jit(do_not_specialize=INTEGERS)
+def streaming_backward_kv(
+    q_ptr, k_ptr, v_ptr, do_ptr, dk_ptr, dv_ptr, cls_ptr, weights_ptr, cls_lse_ptr, lse_ptr, delta_ptr,
+    qb, qs, qh, kb, ks, kh, vb, vs, vh, ob, os, oh, gb, gs, gh,
+    tokens, heads, members, tiles, groups, gn1, gn2, gs0, gs1, gs2, ln1, ln2, ls0, ls1, ls2, scale,
+    P: tl.constexpr,
+):  # fmt: skip
+    """dk and dv for a tile of P.BLOCK_N keys, queries passing by. Runs after streaming_backward_q."""
+    pid = tl.program_id(0)
+    tile = pid % tiles
+    head = (pid // tiles % heads).to(tl.int64)
+    group = pid // tiles // heads % groups
+    batch = (pid // tiles // heads // groups).to(tl.int64)
+    where = (groups, gn1, gn2, gs0, gs1, gs2, ln1, ln2, ls0, ls1, ls2)
+    q_ptr += (batch * qb + head * qh) * P.VEC
+    do_ptr += (batch * ob + head * oh) * P.VEC
+    dk_ptr += (batch * gb + head * gh) * P.VEC
+    dv_ptr += (batch * gb + head * gh) * P.VEC
+    if P.FIRST == 1 and P.CLS == 0:
+        if (tile == 0) & (group == 0):
+            store_zero_row(dk_ptr, P)
+            store_zero_row(dv_ptr, P)
+    key = tile * P.BLOCK_N + tl.arange(0, P.BLOCK_N)
+    key_row, key_exists = place_rows(key, members, group, where, P)
+    k = load_rows(k_ptr + (batch * kb + head * kh) * P.VEC, key_row, ks, key_exists, P)
+    v = load_rows(v_ptr + (batch * vb + head * vh) * P.VEC, key_row, vs, key_exists, P)
+    if P.CLS == 3:
+        cls_lse = tl.load(cls_lse_ptr + batch * heads + head)
+    BLOCK_N: tl.constexpr = P.BLOCK_N
+    BLOCK_D: tl.constexpr = P.BLOCK_D
+    dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    stats = ((batch * heads + head) * groups + group) * members
+    for m0 in range(P.SKIP, members, P.BLOCK_M):
+        place = m0 + tl.arange(0, P.BLOCK_M)
+        row, exists = place_rows(place, members, group, where, P)
+        q = load_rows(q_ptr, row, qs, None, P)
+        do = load_rows(do_ptr, row, os, exists, P)
+        if P.CLS == 2:
+            do = class_gradient(do, place, batch, group + place * 0, groups, weights_ptr, P)
+        lse = tl.load(lse_ptr + stats + place, mask=exists, other=INFINITY)  # what does not exist counts exp2(-inf)
+        delta = tl.load(delta_ptr + stats + place, mask=exists, other=0.0)
+        if P.CLS == 3:
+            lse = tl.where(place == 0, cls_lse, lse)
+        p = tl.exp2(inner(k, q, P) * (scale * LOG2E) - lse[None, :])  # [keys, queries]
+        p = seen(p, 0.0, place[None, :], key[:, None], group, P)
+        dv += product(p, do, P)
+        ds = p * (inner(v, do, P) - delta[None, :]) * scale
+        dk += product(ds, q, P)
+    keep = key_exists & (key >= (P.CLS > 0))
+    store_rows(dk_ptr, key_row, gs, dk, keep, P)
+    store_rows(dv_ptr, key_row, gs, dv, keep, P)
+    if P.CLS > 0:
+        index = key * 0 + ((batch * groups + group) * heads + head) * 3
+        store_parts(cls_ptr, index + 1, dk, key == 0, P)
+        store_parts(cls_ptr, index + 2, dv, key == 0, P)

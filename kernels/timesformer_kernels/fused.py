@@ -1,0 +1,506 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The block's other steps in one pass each: residual sum + LayerNorm, and bias + GELU.
+
+They are bound by memory, so what counts is that every tensor is read and written once. The rules are those of `ops`:
+the registered op where something watches or wraps the call, an autograd.Function in plain eager mode, the bare function
+when no gradient is wanted, and one formula of the gradient under all of them. A named backend runs or raises;
+backend="reference" is ordinary differentiable torch code.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn import Parameter
+
+from . import backends as _backends  # noqa: F401  registers them
+from . import registry
+from .grid import DTYPES
+
+NAMESPACE = "timesformer_kernels"
+MAX_WIDTH = 8192  # of LayerNorm's kernels, which keep a row in registers
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
+
+
+# --- the steps as plain torch: the specification ---------------------------------------------------------------------
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _per_token(row_scale: Tensor, first: int = 0) -> Tensor:
+    """[B] or [B, S] -> a factor of [B, S - first, D]: of the tokens from `first` on."""
+    return row_scale[:, None, None] if row_scale.dim() == 1 else row_scale[:, first:, None]
+
+
+def _add_layer_norm(x, branch, weight, bias, row_scale, eps, skip_cls):
+    total = None
+    if branch is not None:
+        first = int(skip_cls)
+        part = _wide(branch[:, first:])
+        if row_scale is not None:
+            part = part * _per_token(row_scale, first)
+        total = (_wide(x[:, first:]) + part).to(x.dtype).contiguous()
+        if skip_cls:
+            total = torch.cat([x[:, :1], total], 1)
+    row = _wide(x if total is None else total)
+    normed = F.layer_norm(row, row.shape[-1:], weight.to(row.dtype), bias.to(row.dtype), eps)
+    return total, normed.to(x.dtype).contiguous()
+
+
+def _add_layer_norm_bwd(dsum, dnormed, total, weight, row_scale, eps, skip_cls, branch_dtype):
+    """The formula written out, for where autograd cannot look: inside a registered op."""
+    row, dout = _wide(total), _wide(dnormed)
+    centred = row - row.mean(-1, keepdim=True)
+    rstd = (centred.square().mean(-1, keepdim=True) + eps).rsqrt()
+    score, dscore = centred * rstd, dout * weight.to(row.dtype)
+    dx = rstd * (dscore - dscore.mean(-1, keepdim=True) - score * (dscore * score).mean(-1, keepdim=True))
+    if dsum is not None:
+        dx = dx + dsum
+    dbranch = None
+    if branch_dtype is not None:
+        dbranch = dx if row_scale is None else dx * _per_token(row_scale)
+        dbranch = dbranch.to(branch_dtype, copy=True, memory_format=torch.contiguous_format)
+        if skip_cls:
+            dbranch[:, :1] = 0
+    dweight, dbias = (g.sum((0, 1)).to(weight.dtype) for g in (dout * score, dout))
+    return dx.to(total.dtype).contiguous(), dbranch, dweight, dbias
+
+
+def _bias_gelu(x, bias):
+    return F.gelu(_wide(x) + _wide(bias)).to(x.dtype).contiguous()
+
+
+def _bias_gelu_bwd(dout, x, bias):
+    dx = torch.ops.aten.gelu_backward(_wide(dout), _wide(x) + _wide(bias))
+    return dx.to(x.dtype).contiguous(), dx.sum((0, 1)).to(bias.dtype)
+
+
+# --- which backend runs ----------------------------------------------------------------------------------------------
+
+
+class Steps(NamedTuple):
+    """One implementation of the steps, on operands [B, S, D] already checked; all results are contiguous.
+
+    add_layer_norm_fwd(x, branch, weight, bias, row_scale, eps, skip_cls) -> (sum, None without a branch; normed)
+    add_layer_norm_bwd(dsum or None, dnormed, sum, weight, row_scale, eps, skip_cls, branch_dtype)
+        -> (dx, dbranch, None without a branch_dtype; dweight, dbias)
+    bias_gelu_fwd(x, bias) -> out;  bias_gelu_bwd(dout, x, bias) -> (dx, dbias)
+    """
+
+    add_layer_norm_fwd: Callable
+    add_layer_norm_bwd: Callable
+    bias_gelu_fwd: Callable
+    bias_gelu_bwd: Callable
+
+
+REFERENCE = Steps(_add_layer_norm, _add_layer_norm_bwd, _bias_gelu, _bias_gelu_bwd)
+
+
+def _triton() -> Steps:
+    from .backends.triton import fused
+
+    return Steps(*(getattr(fused, name) for name in Steps._fields))
+
+
+# In the order in which `auto` tries them. A backend of attention without these steps is not listed.
+_LOADERS: dict[str, Callable[[], Steps]] = {"triton": _triton, "reference": lambda: REFERENCE}
+
+
+def why_not(name: str, device_type: str, dtype: torch.dtype, width: int) -> str | None:
+    """None when the backend has the fused steps for rows of `width` elements, else the reason in one line."""
+    if name == "triton" and width > MAX_WIDTH:
+        return f"kernels for rows of up to {MAX_WIDTH} elements, got {width}"
+    return registry.get(name).why_not(device_type, dtype, 1)
+
+
+@lru_cache(maxsize=1024)
+def resolve(name: str, device_type: str, dtype: torch.dtype, width: int) -> tuple[str, Steps]:
+    """The backend that serves a call, by name; as `registry.resolve`."""
+    if name == "auto":  # the reference, last in the list, runs anywhere
+        wanted = (n for n in _LOADERS if device_type not in registry.get(n).auto_skips)
+        name = next(n for n in wanted if why_not(n, device_type, dtype, width) is None)
+    elif reason := why_not(name, device_type, dtype, width):
+        raise RuntimeError(
+            f"backend {name!r} cannot run: {reason}; `python -m timesformer_kernels.info` shows what can"
+        )
+    return name, _LOADERS[name]()
+
+
+def _steps(x: Tensor, width: int, backend: str) -> Steps:
+    return resolve(backend, x.device.type, x.dtype, width)[1]
+
+
+# --- the bare functions and mount 1: the registered ops --------------------------------------------------------------
+
+LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
+LIBRARY.define(
+    "add_layer_norm_fwd(Tensor x, Tensor? branch, Tensor weight, Tensor bias, Tensor? row_scale, float eps, "
+    "bool skip_cls, str backend) -> (Tensor sum, Tensor normed)",
+    tags=_TAGS,
+)
+LIBRARY.define(
+    "add_layer_norm_bwd(Tensor? dsum, Tensor dnormed, Tensor sum, Tensor weight, Tensor? row_scale, float eps, "
+    "bool skip_cls, ScalarType? branch_dtype, str backend) -> (Tensor dx, Tensor dbranch, Tensor dw, Tensor db)",
+    tags=_TAGS,
+)
+LIBRARY.define("bias_gelu_fwd(Tensor x, Tensor bias, str backend) -> Tensor", tags=_TAGS)
+LIBRARY.define("bias_gelu_bwd(Tensor dout, Tensor x, Tensor bias, str backend) -> (Tensor, Tensor)", tags=_TAGS)
+
+
+def _norm_fwd(x, branch, weight, bias, row_scale, eps, skip_cls, backend):
+    steps = _steps(x, x.shape[2], backend)
+    return steps.add_layer_norm_fwd(x, branch, weight, bias, row_scale, eps, skip_cls)
+
+
+def _norm_bwd(dsum, dnormed, total, weight, row_scale, eps, skip_cls, branch_dtype, backend):
+    steps = _steps(total, total.shape[2], backend)
+    return steps.add_layer_norm_bwd(dsum, dnormed, total, weight, row_scale, eps, skip_cls, branch_dtype)
+
+
+def _gelu_fwd(x, bias, backend):
+    return _steps(x, 1, backend).bias_gelu_fwd(x, bias)
+
+
+def _gelu_bwd(dout, x, bias, backend):
+    return _steps(x, 1, backend).bias_gelu_bwd(dout, x, bias)
+
+
+def _without_none(bare):
+    """An op has no optional results: empty where the bare function gives None."""
+
+    def op(*args):
+        like = next(x for x in args if x is not None)
+        return tuple(like.new_empty(0) if x is None else x for x in bare(*args))
+
+    return op
+
+
+def _fake_norm_fwd(x, branch, *_):
+    return x.new_empty(0) if branch is None else x.new_empty(x.shape), x.new_empty(x.shape)
+
+
+def _fake_norm_bwd(dsum, dnormed, total, weight, row_scale, eps, skip_cls, branch_dtype, backend):
+    dbranch = total.new_empty(0) if branch_dtype is None else total.new_empty(total.shape, dtype=branch_dtype)
+    return total.new_empty(total.shape), dbranch, weight.new_empty(weight.shape), weight.new_empty(weight.shape)
+
+
+for _name, _bare, _fake in (
+    ("add_layer_norm_fwd", _without_none(_norm_fwd), _fake_norm_fwd),
+    ("add_layer_norm_bwd", _without_none(_norm_bwd), _fake_norm_bwd),
+    ("bias_gelu_fwd", _gelu_fwd, lambda x, bias, _: x.new_empty(x.shape)),
+    ("bias_gelu_bwd", _gelu_bwd, lambda dout, x, bias, _: (x.new_empty(x.shape), bias.new_empty(bias.shape))),
+):
+    for _key in ("CPU", "CUDA"):
+        LIBRARY.impl(_name, _bare, _key)
+    torch.library.register_fake(f"{NAMESPACE}::{_name}", _fake, lib=LIBRARY)
+_OPS = torch.ops.timesformer_kernels
+
+
+# --- the autograd formulas -------------------------------------------------------------------------------------------
+
+
+def _setup_norm(ctx, inputs, output):
+    x, branch, weight, bias, row_scale, eps, skip_cls, backend = inputs
+    # The statistics are not saved: the backward holds the row in registers anyway, and they are two sums over it.
+    ctx.save_for_backward(x if branch is None else output[0], weight, row_scale)
+    ctx.has_branch = branch is not None
+    ctx.shared = ctx.has_branch and row_scale is None and not skip_cls and branch.dtype == x.dtype  # dbranch is dx
+    ctx.options = eps, skip_cls, branch.dtype if ctx.has_branch and not ctx.shared else None, backend
+    ctx.set_materialize_grads(False)
+
+
+def _norm_gradients(run, ctx, dsum, dnormed):
+    total, weight, row_scale = ctx.saved_tensors
+    if not ctx.has_branch:
+        dsum = None  # of the op's empty result
+    if dsum is None and dnormed is None:
+        return (None,) * 8
+    dnormed = torch.zeros_like(total) if dnormed is None else dnormed
+    dx, dbranch, dweight, dbias = run(dsum, dnormed, total, weight, row_scale, *ctx.options)
+    grads = dx, dx if ctx.shared else dbranch, dweight, dbias
+    return *(g if need else None for g, need in zip(grads, ctx.needs_input_grad, strict=False)), *[None] * 4
+
+
+def _setup_gelu(ctx, inputs, output):
+    x, bias, ctx.backend = inputs
+    ctx.save_for_backward(x, bias)
+
+
+def _gelu_gradients(run, ctx, dout):
+    grads = run(dout, *ctx.saved_tensors, ctx.backend)
+    return *(g if need else None for g, need in zip(grads, ctx.needs_input_grad, strict=False)), None
+
+
+def _refuse(ctx, *grads):
+    raise NotImplementedError(
+        "double backward of a fused step is not implemented; backend='reference' supports derivatives of any order"
+    )
+
+
+for _name, _op_bwd, _gradients, _setup in (
+    ("add_layer_norm", _OPS.add_layer_norm_bwd.default, _norm_gradients, _setup_norm),
+    ("bias_gelu", _OPS.bias_gelu_bwd.default, _gelu_gradients, _setup_gelu),
+):
+    torch.library.register_autograd(
+        f"{NAMESPACE}::{_name}_fwd",
+        lambda ctx, *douts, formula=_gradients, run=_op_bwd: formula(run, ctx, *douts),
+        setup_context=_setup,
+        lib=LIBRARY,
+    )
+    # Without a formula of its own the backward op would answer a double backward with a warning and wrong numbers.
+    torch.library.register_autograd(f"{NAMESPACE}::{_name}_bwd", _refuse, lib=LIBRARY)
+
+
+# --- mount 2: autograd.Functions over the bare functions -------------------------------------------------------------
+
+
+class _Backward(torch.autograd.Function):
+    """A bare backward where it might be differentiated again: refuses a second order."""
+
+    forward = staticmethod(lambda bare, *args: bare(*args))
+    setup_context = staticmethod(lambda ctx, inputs, output: None)
+    backward = staticmethod(_refuse)
+
+
+def _apply(formula, bare, ctx, *douts):
+    # Grad mode is on inside a backward only under create_graph or torch.func.
+    run = (lambda *args: _Backward.apply(bare, *args)) if torch.is_grad_enabled() else bare
+    return formula(run, ctx, *douts)
+
+
+class AddLayerNorm(torch.autograd.Function):
+    """forward(ctx, ...) on purpose: with a separate setup_context, apply() runs inspect.signature at every call."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        output = _norm_fwd(*inputs)
+        _setup_norm(ctx, inputs, output)
+        return output
+
+    backward = staticmethod(lambda ctx, *douts: _apply(_norm_gradients, _norm_bwd, ctx, *douts))
+
+
+class BiasGelu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *inputs):
+        _setup_gelu(ctx, inputs, None)
+        return _gelu_fwd(*inputs)
+
+    backward = staticmethod(lambda ctx, dout: _apply(_gelu_gradients, _gelu_bwd, ctx, dout))
+
+
+class _FuncAddLayerNorm(AddLayerNorm):
+    """The form torch.func asks for."""
+
+    forward = staticmethod(_norm_fwd)
+    setup_context = staticmethod(_setup_norm)
+
+
+class _FuncBiasGelu(BiasGelu):
+    forward = staticmethod(_gelu_fwd)
+    setup_context = staticmethod(_setup_gelu)
+
+
+class _Step(NamedTuple):
+    """The ways to one step."""
+
+    reference: Callable
+    bare: Callable
+    op: Callable
+    eager: type
+    func: type
+
+
+_NORM = _Step(_add_layer_norm, _norm_fwd, _OPS.add_layer_norm_fwd.default, AddLayerNorm, _FuncAddLayerNorm)
+_GELU = _Step(_bias_gelu, _gelu_fwd, _OPS.bias_gelu_fwd.default, BiasGelu, _FuncBiasGelu)
+
+
+def _run(step: _Step, width: int, backend: str, tensors: tuple, *options):
+    """The step on checked tensors, the first of which is there; None in place of others."""
+    if backend == "reference":
+        return step.reference(*tensors, *options)
+    x, given = tensors[0], [t for t in tensors if t is not None]
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0  # fake tensors, selective checkpoint, tracing
+        or any(type(t) is not Tensor and type(t) is not Parameter for t in given)  # DTensor and other subclasses
+        or x.device.type not in ("cpu", "cuda")
+    ):
+        if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
+            raise NotImplementedError("forward-mode AD of a fused step is not implemented; use backend='reference'")
+        return step.op(*tensors, *options, backend)
+    name, steps = resolve(backend, x.device.type, x.dtype, width)
+    if steps is REFERENCE:
+        return step.reference(*tensors, *options)
+    if torch._C._are_functorch_transforms_active():
+        return step.func.apply(*tensors, *options, name)
+    # The Function has no jvp, so that it refuses forward-mode AD.
+    if forward_ad._current_level >= 0 or (torch.is_grad_enabled() and any(t.requires_grad for t in given)):
+        return step.eager.apply(*tensors, *options, name)
+    return step.bare(*tensors, *options, name)
+
+
+# --- checks ----------------------------------------------------------------------------------------------------------
+
+
+def _check_tensor(name: str, t, device: torch.device | None = None) -> None:
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{name}: got {type(t).__name__}, expected a torch.Tensor")
+    if device is not None and t.device != device:
+        raise ValueError(f"{name}: got device {t.device}, expected the device of x, {device}")
+    if t.dim() and t.stride(-1) != 1 and t.shape[-1] > 1:
+        raise ValueError(
+            f"{name}: got stride {t.stride(-1)} in the last dimension, expected 1; rows must be contiguous in memory"
+        )
+
+
+def _check_x(x, dims: str) -> None:
+    _check_tensor("x", x)
+    if x.dtype not in DTYPES:
+        raise ValueError(f"x: got dtype {x.dtype}, expected one of {', '.join(map(str, DTYPES))}")
+    if x.dim() == 0 or x.shape[-1] == 0:
+        raise ValueError(f"x: got shape {tuple(x.shape)}, expected {dims} with a last dimension of at least 1")
+
+
+def _check_vector(name: str, t, x: Tensor) -> None:
+    """A parameter over the last dimension of x, in its dtype or, beside 16-bit activations, in float32."""
+    _check_tensor(name, t, x.device)
+    if tuple(t.shape) != (x.shape[-1],):
+        raise ValueError(f"{name}: got shape {tuple(t.shape)}, expected {(x.shape[-1],)}, the width of x")
+    if t.dtype != x.dtype and not (t.dtype == torch.float32 and x.dtype.itemsize == 2):
+        wide = " or torch.float32" if x.dtype.itemsize == 2 else ""
+        raise ValueError(f"{name}: got dtype {t.dtype}, expected the dtype of x, {x.dtype}{wide}")
+
+
+def _check_branch(branch, x: Tensor) -> None:
+    _check_tensor("branch", branch, x.device)
+    if branch.shape != x.shape:
+        raise ValueError(f"branch: got shape {tuple(branch.shape)}, expected the shape of x, {tuple(x.shape)}")
+    if branch.dtype != x.dtype and not (x.dtype == torch.float32 and branch.dtype in DTYPES[1:3]):
+        narrow = " or a 16-bit float" if x.dtype == torch.float32 else ""
+        raise ValueError(f"branch: got dtype {branch.dtype}, expected the dtype of x, {x.dtype}{narrow}")
+
+
+def _check_row_scale(row_scale, x: Tensor, backend: str) -> None:
+    if not isinstance(row_scale, Tensor):
+        raise TypeError(f"row_scale: got {type(row_scale).__name__}, expected a torch.Tensor or None")
+    expected = tuple(x.shape[:1]), tuple(x.shape[:2])
+    if tuple(row_scale.shape) not in expected or row_scale.dtype != torch.float32 or row_scale.device != x.device:
+        raise ValueError(
+            f"row_scale: got shape {tuple(row_scale.shape)}, {row_scale.dtype} on {row_scale.device}, expected "
+            f"{expected[0]} (batch) or {expected[1]} (batch, tokens), torch.float32 on {x.device}"
+        )
+    if row_scale.requires_grad and backend != "reference":
+        raise ValueError(
+            "row_scale: got a tensor that requires grad, expected a constant; backend='reference' has its gradient"
+        )
+
+
+def _check_options(eps, skip_cls, backend) -> None:
+    if isinstance(eps, bool) or not isinstance(eps, (int, float)):
+        raise TypeError(f"eps: got {type(eps).__name__}, expected a number")
+    least = torch.finfo(torch.float32).tiny
+    if not least <= eps < math.inf:
+        raise ValueError(f"eps: got {eps}, expected a finite number of at least {least:.2g}")
+    if not isinstance(skip_cls, bool):
+        raise TypeError(f"skip_cls: got {type(skip_cls).__name__}, expected True or False")
+    _check_backend(backend)
+
+
+def _check_backend(backend) -> None:
+    if backend != "auto" and backend not in _LOADERS:
+        raise ValueError(f"backend: got {backend!r}, expected one of auto, {', '.join(_LOADERS)}")
+
+
+def _merged(x: Tensor) -> Tensor:
+    """x [..., D] as [B, S, D], without a copy."""
+    if x.dim() < 3:
+        return x[(None,) * (3 - x.dim())]
+    shape, strides, last = x.shape, x.stride(), x.dim() - 1
+    # Dimension i continues dimension i - 1 where one step there is a whole walk here.
+    joins = [shape[i] == 1 or shape[i - 1] == 1 or strides[i - 1] == strides[i] * shape[i] for i in range(1, last)]
+    breaks = [i + 1 for i, join in enumerate(joins) if not join]
+    if len(breaks) > 1 and x.numel():
+        raise ValueError(
+            f"x: got shape {tuple(shape)} with strides {strides}, expected leading dimensions that merge into two "
+            "without a copy"
+        )
+    cut = breaks[0] if breaks else 1
+    return x.view(math.prod(shape[:cut]), math.prod(shape[cut:last]), shape[last])
+
+
+# --- public ----------------------------------------------------------------------------------------------------------
+
+
+def add_layer_norm(
+    x: Tensor,
+    branch: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    eps: float = 1e-6,
+    skip_cls: bool = False,
+    row_scale: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Residual sum and LayerNorm in one pass: sum = x + row_scale * branch, normed = LayerNorm(sum) * weight + bias.
+
+    x: [B, S, D] in float32, bfloat16, float16 or float64, any strides with a unit last one, read in place.
+    branch: [B, S, D] likewise, in the dtype of x or, beside float32, in a 16-bit one; None leaves the LayerNorm of x
+        alone, and sum is then x itself.
+    weight, bias: [D] in the dtype of x, or float32 beside 16-bit activations.
+    skip_cls: row 0 of each clip takes no residual, as in the time step of TimeSformer: sum[:, 0] is x[:, 0], the
+        branch's row 0 is not read, whatever it holds, and its gradient is zero.
+    row_scale: float32 [B] or [B, S], the factor of stochastic depth; a constant, without a gradient.
+    backend: "auto", "triton" or "reference"; a named one runs or raises.
+    Returns (sum, normed) [B, S, D] in the dtype of x, contiguous. sum is rounded to it first, and the norm is that of
+    the rounded sum; statistics and both gradients' sums over rows are float32 (float64 for float64). Raises TypeError,
+    ValueError for bad arguments, RuntimeError where the named backend cannot run.
+    """
+    _check_x(x, "(batch, tokens, dim)")
+    if x.dim() != 3:
+        raise ValueError(f"x: got shape {tuple(x.shape)}, expected 3 dimensions (batch, tokens, dim)")
+    if branch is not None:
+        _check_branch(branch, x)
+    elif skip_cls or row_scale is not None:
+        name = "skip_cls" if skip_cls else "row_scale"
+        raise ValueError(f"{name}: given with branch=None, expected a branch for it to act on")
+    _check_vector("weight", weight, x)
+    _check_vector("bias", bias, x)
+    if bias.dtype != weight.dtype:
+        raise ValueError(f"bias: got dtype {bias.dtype}, expected the dtype of weight, {weight.dtype}")
+    if row_scale is not None:
+        _check_row_scale(row_scale, x, backend)
+    _check_options(eps, skip_cls, backend)
+    tensors = x, branch, weight, bias, row_scale
+    total, normed = _run(_NORM, x.shape[2], backend, tensors, float(eps), skip_cls)
+    return x if branch is None else total, normed
+
+
+def bias_gelu(x: Tensor, bias: Tensor, *, backend: str = "auto") -> Tensor:
+    """The exact GELU of x + bias in one pass: u * P(N < u). The backward recomputes it from x, and saves nothing else.
+
+    x: [..., D] in float32, bfloat16, float16 or float64 with a unit last stride and leading dimensions that merge into
+        two without a copy. bias: [D] in the dtype of x, or float32 beside 16-bit activations.
+    backend: "auto", "triton" or "reference"; a named one runs or raises. Under torch.compile "auto" is plain torch
+        code, which the compiler fuses into one pass itself.
+    Returns the shape and dtype of x, contiguous. Raises TypeError, ValueError for bad arguments, RuntimeError where the
+    named backend cannot run.
+    """
+    _check_x(x, "(..., dim)")
+    _check_vector("bias", bias, x)
+    _check_backend(backend)
+    if backend == "reference" or (backend == "auto" and torch.compiler.is_compiling()):
+        return _bias_gelu(x, bias)
+    if x.dim() == 3:
+        return _run(_GELU, 1, backend, (x, bias))
+    return _run(_GELU, 1, backend, (_merged(x), bias)).view(x.shape)
