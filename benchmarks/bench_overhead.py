@@ -11,9 +11,11 @@ import peers
 import pytest
 import torch
 
+from timesformer.benchmarking import core, layouts, shapes
+from timesformer.benchmarking.timing import CpuWatch
 from timesformer_kernels import space_attention, time_attention
 
-SHAPE = peers.Shape("2x32", 2, 1, 2, heads=1, head_dim=8)
+SHAPE = shapes.Shape("2x32", 2, 1, 2, heads=1, head_dim=8)
 MODES = ("no grad", "grad forward", "grad forward+backward")
 CALLS = {"no grad": 1000, "grad forward": 500, "grad forward+backward": 300}
 ROWS = ("cpp", "reference", "sdpa-no-copies")
@@ -27,9 +29,8 @@ def calls(task, mode):
     out = {}
     for name in (row for row in ROWS if not task.why_not(row)):
         if name == "sdpa-no-copies":
-            arrange, _ = peers.LAYOUT[task.scheme]
-            operands = [x.contiguous() for x in arrange(task.packed, SHAPE.frames)]
-            attend, options = peers.CORES["sdpa"], {}
+            operands = [x.contiguous() for x in layouts.Grouped().arrange(task.packed, task.scheme, SHAPE)]
+            attend, options = torch.nn.functional.scaled_dot_product_attention, {}
         else:
             operands = task.packed.unbind(2)
             attend, options = PUBLIC[task.scheme], {"frames": SHAPE.frames, "backend": name}
@@ -51,10 +52,10 @@ def one_call(attend, leaves, options, backward):
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("scheme", PUBLIC)
 def test_overhead(compare, scheme, mode, row):
-    task = peers.Problem(scheme, SHAPE, torch.float32)
+    task = core.AttentionProblem(scheme, SHAPE, torch.float32, judge=peers.OracleJudge())
     if reason := task.why_not(row):
         pytest.skip(f"{row}: {reason}")
-    errors = task.row(row, peers.DIRECTIONS[mode.endswith("backward")]).check()
+    errors = task.check(row, "forward+backward" if mode.endswith("backward") else "forward")
     compare(
         row,
         lambda: calls(task, mode),
@@ -64,9 +65,8 @@ def test_overhead(compare, scheme, mode, row):
         seconds=2.0,
         most=40,
         warmup=50,
-        number=CALLS[mode],
         table_seconds=0.2,
-        timer=time.thread_time,
+        watch=CpuWatch(CALLS[mode], time.thread_time),
         info=dict(
             kind="overhead",
             op=f"overhead of {scheme} attention",

@@ -8,25 +8,28 @@ own table times one row after the other; the figures of record are the medians o
 from __future__ import annotations
 
 import ctypes
-import gc
-import random
+import os
 import shlex
 import statistics
-import time
-from collections.abc import Callable
+from functools import lru_cache, partial
 from pathlib import Path
 
+import peers
 import pytest
 import torch
 
-from timesformer_kernels import native
+from timesformer.benchmarking.cost import costs, reason_of
+from timesformer.benchmarking.machine import Ceilings, shares
+from timesformer.benchmarking.machine import facts as facts_of
+from timesformer.benchmarking.run import AGAIN
+from timesformer.benchmarking.timing import Timed, interleave, noise, summary, watch_of
 
-MIB = 2**20
+os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # torch's profiler, which measures memory, is chatty
 
 
 def pytest_addoption(parser):
     group = parser.getgroup("timesformer benchmarks")
-    group.addoption("--full", action="store_true", help="more shapes, and a training step of the model")
+    group.addoption("--full", action="store_true", help="all shapes, peers and directions, and a training step")
     group.addoption("--tiny", action="store_true", help="tiny shapes only: tests the benchmarks, measures nothing")
     group.addoption("--threads", type=int, default=1, help="threads of torch and of the kernels (default: 1)")
 
@@ -49,55 +52,6 @@ def command(args) -> str:
         option, equals, value = str(arg).rpartition("=")
         parts.append(option + equals + (Path(value).name if Path(value).is_absolute() else value))
     return shlex.join(["pytest", *parts])
-
-
-def interleave(
-    candidates: dict[str, Callable],
-    *,
-    seconds: float,
-    warmup: int = 3,
-    least: int = 5,
-    most: int = 60,
-    number: int = 1,
-    timer: Callable[[], float] = time.perf_counter,
-) -> dict[str, list[float]]:
-    """Seconds per call of every candidate, one sample of `number` calls per round; each round calls all once.
-
-    Rounds fill the budget of `seconds` as far as `least` and `most` allow. The order within
-    a round is shuffled, so that no row always inherits the caches of the same neighbour. Caches hold what another row
-    left behind; in the sequential table of pytest-benchmark they hold a row's own tensors, and short rows look faster.
-    """
-    order, shuffle = list(candidates), random.Random(0).shuffle
-
-    def sample(call):
-        repeat = range(number)
-        start = timer()
-        for _ in repeat:
-            call()
-        return (timer() - start) / number
-
-    for call in candidates.values():
-        for _ in range(warmup):
-            call()
-    samples = {name: [] for name in order}
-    rounds = least
-    gc.collect()
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        start = time.perf_counter()
-        done = 0
-        while done < rounds:
-            shuffle(order)
-            for name in order:
-                samples[name].append(sample(candidates[name]))
-            done += 1
-            if done == 1:
-                rounds = min(max(int(seconds / (time.perf_counter() - start)), least), most)
-    finally:
-        if enabled:
-            gc.enable()
-    return samples
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -123,33 +77,13 @@ def allocator():
 
 
 @pytest.fixture(scope="session")
-def machine(threads, allocator):
-    """machine(dtype) -> what every row records: device, versions, and rates that a plain copy and a product reach."""
-    from cpuinfo import get_cpu_info  # comes with pytest-benchmark; takes a second
+def machine(request, threads, allocator):
+    """machine(dtype, device) -> what every row records: device, versions, and the rates of a copy and of a product."""
+    small = request.config.getoption("--tiny", False)
+    facts, ceilings = lru_cache(facts_of), lru_cache(partial(Ceilings, small=small))
 
-    facts = {
-        "device": "cpu",
-        "chip": get_cpu_info().get("brand_raw", "unknown"),
-        "isa": native.isa() if native.library()[0] else None,
-        "torch_isa": torch.backends.cpu.get_cpu_capability(),
-        "torch": torch.__version__,
-        "threads": threads,
-        "allocator": allocator,
-    }
-    rates = {}
-
-    def best(call, seconds):
-        return min(interleave({"it": call}, seconds=seconds)["it"])
-
-    def record(dtype):
-        if "copy" not in rates:
-            source = torch.randn(256 * MIB // 4)
-            target = torch.empty_like(source)
-            rates["copy"] = 2 * source.nbytes / best(lambda: target.copy_(source), 1.0) / 1e9
-        if dtype not in rates:
-            a, b = (torch.randn(1024, 1024).to(dtype) for _ in range(2))
-            rates[dtype] = 2 * 1024**3 / best(lambda: a @ b, 0.5) / 1e9
-        return {**facts, "peak_copy_256MiB_GBps": rates["copy"], "peak_matmul_1024_GFLOPps": rates[dtype]}
+    def record(dtype, device="cpu"):
+        return {**facts(device), "threads": threads, "allocator": allocator, **ceilings(device).rates(dtype)}
 
     return record
 
@@ -164,35 +98,114 @@ def measured():
 def compare(benchmark, request, measured):
     """compare(row, candidates, dtype=, group=, grad=, info=, ...) times a group once and reports one of its rows.
 
-    candidates() -> {row: callable}, called only where it is needed. Further options go to `interleave`. Returns the
-    interleaved medians of the group in seconds, or None under --benchmark-disable, where the row is called once.
+    candidates() -> {row: callable or Timed}, called only where it is needed. Further options go to `interleave`.
+    Returns the interleaved medians of the group in seconds, or None under --benchmark-disable, where the row is called
+    once. The first row is timed twice in every round, as if it were another: their difference is the noise.
     """
 
-    def run(row, candidates, *, dtype, group, grad, info, table_seconds=0.3, number=1, **options):
+    def run(row, candidates, *, dtype, group, grad, info, device="cpu", table_seconds=0.3, watch=None, **options):
         benchmark.group = group
         tiny = request.config.getoption("--tiny", False)
+        watch = watch or watch_of(device)
         with torch.set_grad_enabled(grad):
             calls = candidates()
+            if row not in calls:
+                pytest.skip(f"{row}: fails when it is timed")
             if benchmark.disabled:
                 benchmark.pedantic(calls[row])
                 return None
             if group not in measured:
                 if tiny:
                     options.update(seconds=0.0, warmup=1, least=2)
-                measured[group] = interleave(calls, number=number, **options)
-            samples = measured[group]
+                first = next(iter(calls))
+                measured[group] = first, interleave({**calls, AGAIN: calls[first]}, watch=watch, **options)
+            first, samples = measured[group]
             medians = {name: statistics.median(times) for name, times in samples.items()}
+            number = getattr(watch, "number", 1)
             rounds = 1 if tiny else min(max(int(table_seconds / (medians[row] * number)), 1), 20)
-            benchmark.pedantic(calls[row], rounds=rounds, iterations=number, warmup_rounds=int(table_seconds > 0))
+            warm = dict(rounds=rounds, iterations=number, warmup_rounds=int(table_seconds > 0))
+            benchmark.pedantic(*synchronised(calls[row], watch), **warm)
+        times = {f"interleaved_{name}": value for name, value in summary(samples[row]).items()}
+        facts = request.getfixturevalue("machine")(dtype, device)
+        rates = {name: value for name, value in facts.items() if name.startswith("peak_")}
         benchmark.extra_info.update(
-            request.getfixturevalue("machine")(dtype),
+            **facts,
+            **times,
+            **shares(medians[row] * 1e3, info.get("flops"), info.get("bytes"), rates),
             row=row,
             dtype=str(dtype).removeprefix("torch."),
-            interleaved_median_ms=medians[row] * 1e3,
-            interleaved_min_ms=min(samples[row]) * 1e3,
-            interleaved_rounds=len(samples[row]),
+            noise=noise(samples[first], samples[AGAIN]),
             **info,
         )
         return medians
 
     return run
+
+
+def synchronised(call, watch):
+    """(callable, arguments of `pedantic`) that ends when the device is done; what a `Timed` sets up is not timed."""
+    if not isinstance(call, Timed):
+        return (call,)
+
+    def run(*operands):
+        call.run(*operands)
+        watch.sync()
+
+    return (run,) if call.setup is tuple else (run, (), None, lambda: (call.setup(), {}))
+
+
+@pytest.fixture
+def measure(request, benchmark, compare):
+    """measure(problem, row, direction, ...): the gate, what the row costs, and its time beside the other rows'.
+
+    A row of ours that fails is an error; a peer that cannot run here is a skip that says why. Options go to `compare`.
+    """
+
+    def run(problem, row, direction, **options):
+        grad = direction != "forward"
+        if reason := problem.why_not(row):
+            pytest.skip(f"{row}: {reason}")
+        with torch.set_grad_enabled(grad):
+            try:
+                errors = problem.check(row, direction)
+            except AssertionError:
+                raise  # it runs, and is wrong
+            except Exception as error:
+                if row in problem.ours:
+                    raise
+                pytest.skip(f"{row}: {reason_of(error)}")
+            gradients = [error for name, error in errors.items() if name != "out"]
+            info = dict(kind=problem.kind, op=problem.op, shape=str(problem.shape), direction=direction)
+            info.update(flops=problem.flops(row, direction), bytes=problem.nbytes(row, direction))
+            info.update(max_err=errors["out"], max_err_grad=max(gradients, default=None), **problem.facts(row))
+            info.update(frames=problem.shape.frames, locations=problem.shape.locations, batch=problem.shape.batch)
+            if not benchmark.disabled and row not in ("copy", "products"):
+                info.update(costs(problem, row, direction))
+        return compare(
+            row,
+            lambda: usable(problem, direction, peers.all_rows(request.config, problem.shape)),
+            dtype=problem.dtype,
+            device=problem.device,
+            group=problem.group(direction),
+            grad=grad,
+            info=info,
+            **options,
+        )
+
+    return run
+
+
+def usable(problem, direction, full: bool) -> dict[str, Timed]:
+    """The rows that run; one that does not says so in its own test."""
+    calls = {}
+    for row in problem.rows(full):
+        if problem.why_not(row) is None:
+            try:
+                call = problem.timed(row, direction)
+                call()
+            except Exception:
+                if row in problem.ours:
+                    raise
+                continue
+            calls[row] = call
+    return calls

@@ -1,19 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The README's tables from a committed result: `python benchmarks/report.py benchmarks/results/FILE.json`.
+"""The README's tables and plots from a committed result: `python benchmarks/report.py benchmarks/results/FILE.json`.
 
 Cold: medians of interleaved rounds, in which every call finds its operands gone from the near caches, as in a model.
-Warm: medians of one row called again and again. Ratios are between rows of one group of one run. Needs no package.
+Warm: medians of one row called again and again. Graph: as cold, from a CUDA graph, which leaves out launches. Ratios
+are between rows of one group of one run; "~" marks one within the noise, by which two measurements of one row differ.
+Floor: the longer of the least bytes at the rate of a plain copy and the FLOP at that of a matrix product, both measured
+in the same process. Tables need no package; plots need this one and matplotlib.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 
+import goals
+
 NEEDED = ("kind", "op", "row", "shape", "dtype", "direction", "chip", "threads", "torch", "interleaved_median_ms")
 ABSENT = "–"
+NOISE = {"warm_median_ms": "warm_noise", "graph_median_ms": "graph_noise"}
+OWN_ROWS, YARDSTICKS = ("cuda", "triton", "cpp", "reference"), ("copy", "products")
 
 
 def load(path: Path) -> dict:
@@ -47,9 +55,23 @@ def groups(result: dict) -> dict[str, dict[str, dict]]:
 
 
 def ratio(rows: dict[str, dict], other: str, row: str, time: str, form: str = ".2f") -> str:
-    """How many times as long `other` takes as `row`, by `time`, cold or warm."""
+    """How many times as long `other` takes as `row`, by `time`, cold or warm; "~" within the noise of the group."""
     ours, theirs = rows[row].get(time), rows.get(other, {}).get(time)
-    return number(theirs / ours if ours and theirs else None, form)
+    near = ours and theirs and row != other and form.endswith("f") and within_noise(theirs / ours, rows[row], time)
+    return ("~" if near else "") + number(theirs / ours if ours and theirs else None, form)
+
+
+def within_noise(quotient: float, info: dict, time: str) -> bool:
+    noise = info.get(NOISE.get(time, "noise"), info.get("noise"))
+    return abs(math.log(quotient)) <= math.log1p(noise or 0.0)
+
+
+def is_ours(row: str) -> bool:
+    return row in OWN_ROWS or row.startswith("ours")
+
+
+def measured(rows: dict[str, dict]) -> dict[str, dict]:
+    return {row: info for row, info in rows.items() if info["interleaved_median_ms"] is not None}
 
 
 def number(value: float | None, form: str) -> str:
@@ -64,13 +86,18 @@ def table(header: list[str], lines: list[list[str]]) -> str:
 def caption(rows: dict[str, dict], result: dict) -> str:
     """Chip, dtype, shape, threads, date, torch version, command: what a number means nothing without."""
     facts = next(iter(rows.values()))
-    threads = f"{facts['threads']} thread{'s' if facts['threads'] != 1 else ''}"
-    setting = [facts["shape"], facts["chip"] + (f" ({facts['isa']})" if facts.get("isa") else ""), threads]
+    setting = [facts["shape"], facts["chip"] + (f" ({facts['isa']})" if facts.get("isa") else "")]
+    if facts.get("device") != "cuda":
+        setting.append(f"{facts['threads']} thread{'s' if facts['threads'] != 1 else ''}")
     setting.append(f"torch {facts['torch']}")
+    if facts.get("device") == "cuda" and "triton" in facts.get("versions", {}):
+        setting.append(f"triton {facts['versions']['triton']}")
     if facts.get("allocator"):
         setting.append(f"malloc {facts['allocator']}")
     setting += [result.get("datetime", "")[:10] or "date unknown"]
     command = result.get("machine_info", {}).get("command", "pytest benchmarks/ --benchmark-only")
+    if facts.get("noise") is not None:
+        setting.append(f"noise {facts['noise']:.1%}")
     title = f"{facts['op'][0].upper()}{facts['op'][1:]}, {facts['direction']}, {facts['dtype']}"
     return f"**{title}.** {'; '.join(setting)}; `{command}`"
 
@@ -82,7 +109,7 @@ def attention(rows: dict[str, dict]) -> str:
     errors = {key: name for key, name in errors.items() if any(info.get(key) is not None for info in rows.values())}
     header = ["", "cold ms", "x sdpa", "x eager", "copy", "warm ms", "x sdpa", "x eager", "copy", *errors.values()]
     lines = []
-    for row, info in rows.items():
+    for row, info in measured(rows).items():
         cells = [row]
         for time in ("interleaved_median_ms", "warm_median_ms"):
             cells.append(number(info.get(time), ".2f"))
@@ -95,6 +122,7 @@ def attention(rows: dict[str, dict]) -> str:
 
 def model(rows: dict[str, dict]) -> str:
     header = ["", "median ms", "x time of the products", "x time of huggingface", "peak MiB", "x memory of huggingface"]
+    rows = measured(rows)
     products, theirs = rows.get("products"), rows.get("huggingface", {})
     lines = []
     for row, info in rows.items():
@@ -113,27 +141,113 @@ def overhead(rows: dict[str, dict]) -> str:
     return table(["", "microseconds per call"], lines)
 
 
-TABLES = {"attention": attention, "model": model, "overhead": overhead}
+def standard(rows: dict[str, dict]) -> str:
+    """Every cost of a row. x: so many times as fast as that row is our first one. A column that nobody fills is left
+    out."""
+    rows = measured(rows)
+    mine = next((row for row in rows if is_ours(row)), None)
+    columns = {
+        "cold ms": lambda row, info: number(info["interleaved_median_ms"], ".3f"),
+        f"x for {mine}": lambda row, info: ratio(rows, row, mine, "interleaved_median_ms") if mine else ABSENT,
+        "warm ms": lambda row, info: number(info.get("warm_median_ms"), ".3f"),
+        "graph ms": lambda row, info: number(info.get("graph_median_ms"), ".3f"),
+        "floor": lambda row, info: number(info.get("floor_share"), ".0%"),
+        "peak MiB": lambda row, info: mib(info.get("peak_bytes")),
+        "saved MiB": lambda row, info: mib(info.get("saved_bytes")),
+        "max error": lambda row, info: number(None if row in YARDSTICKS else info.get("max_err"), ".1e"),
+        "of gradients": lambda row, info: number(info.get("max_err_grad"), ".1e"),
+        "bitwise": lambda row, info: {True: "yes", False: "no"}.get(info.get("deterministic"), ABSENT),
+    }
+    lines = [[row, *(show(row, info) for show in columns.values())] for row, info in rows.items()]
+    kept = [0, *(i for i in range(1, len(columns) + 1) if any(line[i] != ABSENT for line in lines))]
+    header = ["", *columns]
+    return table([header[i] for i in kept], [[line[i] for i in kept] for line in lines])
+
+
+def mib(value: int | None) -> str:
+    return number(None if value is None else value / 2**20, ".1f")
+
+
+def largest(rows: dict[str, dict]) -> str:
+    lines = [[row, number(info.get("largest"), "d"), info.get("reason") or ABSENT] for row, info in rows.items()]
+    return table(["", "clips", "what stops it at twice as many"], lines)
+
+
+TABLES = {"attention": attention, "model": model, "overhead": overhead, "module": standard, "largest": largest}
+
+
+def table_of(rows: dict[str, dict]) -> str:
+    """The table of a group's kind; on a GPU, and of a run that knows them, with every cost. Failures below it."""
+    facts = next(iter(rows.values()))
+    kind, gpu = facts["kind"], facts.get("device") == "cuda"
+    if kind == "largest":
+        return largest(rows)
+    parts = []
+    if measured(rows):
+        plain = gpu and kind != "overhead" or facts["direction"] == "step"
+        parts.append((standard if plain else TABLES[kind])(rows))
+    reasons: dict[str, list[str]] = {}
+    for row, info in rows.items():
+        if info["interleaved_median_ms"] is None:
+            reasons.setdefault(info.get("reason", "no reason recorded"), []).append(f"`{row}`")
+    parts += [f"Not measured: {', '.join(names)}: {reason}" for reason, names in reasons.items()]
+    return "\n\n".join(parts)
 
 
 def render(result: dict) -> str:
     """Every group as a caption and a table, in markdown."""
-    parts = []
+    return "\n\n".join(caption(rows, result) + "\n\n" + table_of(rows) for rows in groups(result).values())
+
+
+def device_summary(result: dict, row: str) -> str:
+    """One line a group of attention on a GPU, by CUDA graph where there is one; then the other levels' tables."""
+    lines, others, first = [], [], None
     for rows in groups(result).values():
-        kind = next(iter(rows.values()))["kind"]
-        parts.append(caption(rows, result) + "\n\n" + TABLES[kind](rows))
-    return "\n\n".join(parts)
+        facts, timed = next(iter(rows.values())), measured(rows)
+        if facts["kind"] != "attention":
+            others.append(caption(rows, result) + "\n\n" + table_of(rows))
+        elif row in timed:
+            first = first or timed
+            lines.append(_device_line(timed, row, facts))
+    if not lines:
+        raise ValueError(f"row: no attention row {row!r} in this file")
+    header = ["", "cold ms", "graph ms", "floor", "x sdpa", "best peer", "x best peer", "peak MiB", "of sdpa"]
+    title = f"**`{row}`.** " + caption(first, result).split("** ", 1)[1].split("; ", 1)[1]
+    return "\n\n".join([title, table(header, lines), *others])
+
+
+def _device_line(timed: dict[str, dict], row: str, facts: dict) -> list[str]:
+    # What a CUDA graph could not, or need not, hold is compared by its plain time.
+    timed = {name: {**info, "device_ms": goals.device_ms(info)} for name, info in timed.items()}
+    info, sdpa, time = timed[row], timed.get("sdpa", {}), "device_ms"
+    peers = [name for name in timed if not (is_ours(name) or name in YARDSTICKS or name.endswith("-no-copies"))]
+    best = min(peers, key=lambda name: timed[name][time], default="")
+    share = info["floor_ms"] / info[time] if info.get("floor_ms") else None
+    memory = info["peak_bytes"] / sdpa["peak_bytes"] if info.get("peak_bytes") and sdpa.get("peak_bytes") else None
+    return [
+        f"{facts['op']}, {facts['shape'].split(',', 1)[0]}, {facts['direction']}, {facts['dtype']}",
+        number(info["interleaved_median_ms"], ".3f"),
+        number(info.get("graph_median_ms"), ".3f"),
+        number(share, ".0%"),
+        ratio(timed, "sdpa", row, time),
+        best or ABSENT,
+        ratio(timed, best, row, time),
+        mib(info.get("peak_bytes")),
+        number(memory, ".0%"),
+    ]
 
 
 def summary(result: dict, row: str = "cpp") -> str:
     """One line of attention per group, for one row, and the tables of the other kinds that have one worth reading."""
+    if any(bench["extra_info"].get("device") == "cuda" for bench in result["benchmarks"]):
+        return device_summary(result, row)
     header = first = None
     lines, others = [], []
     for rows in groups(result).values():
         facts = next(iter(rows.values()))
-        if facts["kind"] == "model":
-            others.append(caption(rows, result) + "\n\n" + TABLES["model"](rows))
-        elif facts["kind"] == "attention" and row in rows:
+        if facts["kind"] in ("model", "module"):
+            others.append(caption(rows, result) + "\n\n" + table_of(rows))
+        elif facts["kind"] == "attention" and row in measured(rows):
             cells = [line.strip("| ").split(" | ") for line in attention(rows).splitlines()]
             (mine,) = (line for line in cells[2:] if line[0] == row)
             header, first = ["", *cells[0][:8]], first or rows
@@ -144,14 +258,70 @@ def summary(result: dict, row: str = "cpp") -> str:
     return "\n\n".join([f"**`{row}`.** {title}\n\n" + table(header, lines), *others])
 
 
+def ends(found: dict[str, dict]) -> dict[str, dict]:
+    """Of many tables those of the fewest and the most frames: enough bars for one picture."""
+    facts = {group: next(iter(rows.values())) for group, rows in found.items()}
+    lengths = {info.get("frames") for info in facts.values()} - {None}
+    kept = {min(lengths), max(lengths)} if lengths else {None}
+    plain = {
+        group: rows
+        for group, rows in found.items()
+        if facts[group].get("frames") in kept and (len(found) <= 8 or facts[group]["direction"] != "forward+backward")
+    }
+    return dict(list(plain.items())[:8])
+
+
+def draw(result: dict, folder: Path, stem: str) -> list[Path]:
+    """Writes STEM-LEVEL.png with bars, and over the number of frames STEM-time.png and STEM-memory.png."""
+    from timesformer.benchmarking import plots
+
+    levels: dict[str, dict] = {}
+    for group, rows in groups(result).items():
+        facts = next(iter(rows.values()))
+        if facts["kind"] in ("attention", "module", "model") and measured(rows):
+            levels.setdefault(facts["op"].replace(" ", "-"), {})[group] = rows
+    drawn = []
+    folder.mkdir(parents=True, exist_ok=True)
+    for level, found in levels.items():
+        drawn.append(folder / f"{stem}-{level}.png")
+        plots.bars(ends(found), drawn[-1])
+    attention = {
+        group: rows for level, found in levels.items() if "attention" in level for group, rows in found.items()
+    }
+    for quantity in ("time", "memory"):
+        path = folder / f"{stem}-{quantity}.png"
+        try:
+            plots.over_frames(attention, path, quantity)
+            drawn.append(path)
+        except ValueError:  # a run of one length, or without costs
+            continue
+    if not drawn:
+        raise ValueError("file: holds nothing to draw")
+    return drawn
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split(":")[0] + ".")
     parser.add_argument("file", type=Path, help="JSON written by --benchmark-json")
     parser.add_argument("--summary", action="store_true", help="the README's tables: one line per group")
+    parser.add_argument(
+        "--goals", action="store_true", help="the goals set for an H200: reached, or missed by how much"
+    )
+    parser.add_argument("--row", help="of --summary and --goals (default: cpp; triton in a file of a GPU)")
+    parser.add_argument("--plots", type=Path, metavar="DIR", help="draw pictures named after the file into this folder")
     arguments = parser.parse_args(argv)
     try:
-        print((summary if arguments.summary else render)(load(arguments.file)))
-    except ValueError as error:
+        result = load(arguments.file)
+        gpu = any(bench["extra_info"].get("device") == "cuda" for bench in result["benchmarks"])
+        row = arguments.row or ("triton" if gpu else "cpp")
+        if arguments.plots:
+            for path in draw(result, arguments.plots, arguments.file.stem):
+                print(path)
+        elif arguments.goals:
+            print(goals.render(groups(result), row))
+        else:
+            print(summary(result, row) if arguments.summary else render(result))
+    except (ImportError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -243,11 +243,13 @@ def test_the_interpreter_is_not_timed(monkeypatch):
     from timesformer.benchmarking.problem import own_backends
     from timesformer_kernels import registry
 
-    fake = SimpleNamespace(why_not=lambda *args: None)
-    monkeypatch.setattr(registry, "available_backends", lambda: ("triton", "reference"))
-    monkeypatch.setattr(registry, "get", lambda name: fake)
-    assert "interpreter" in own_backends("cpu", torch.float32, 64)["triton"]
-    assert own_backends("cuda", torch.float32, 64) == {"triton": None, "reference": None}
+    fake = SimpleNamespace(why_not=lambda *args: None, auto_skips=frozenset({"cpu"}))
+    plain = SimpleNamespace(why_not=lambda *args: None, auto_skips=frozenset())
+    monkeypatch.setattr(registry, "available_backends", lambda: ("triton", "other"))
+    monkeypatch.setattr(registry, "get", {"triton": fake, "other": plain}.get)
+    found = own_backends("cpu", torch.float32, 64)
+    assert "interpreter" in found["triton"] and found["other"] is None
+    assert own_backends("cuda", torch.float32, 64) == {"triton": None, "other": None}
 
 
 # --- the command -----------------------------------------------------------------------------------------------------

@@ -8,9 +8,9 @@ import os
 import sys
 from importlib import metadata
 
-from . import classify, demo, env
+from . import benchmark, classify, demo, env
 
-COMMANDS = (classify, demo, env)
+COMMANDS = (benchmark, classify, demo, env)
 
 
 def _version() -> str:
