@@ -3,12 +3,12 @@
 
 from typing import NamedTuple
 
-FORWARD = ("tests/test_attention.py", "-k", "(lengths or every_scheme) and not reference")
+FORWARD = ("tests/test_attention.py", "-k", "(lengths or every_scheme) and cpp")
 HARD = ("tests/test_attention.py", "tests/test_faults.py", "-k", "hard_inputs or scales or 18_ or 19_")
-CLASS_ROW = ("tests/test_attention.py", "-k", "(class_row or every_scheme) and not reference")
-HEAD_DIMS = ("tests/test_attention.py", "-k", "head_dims and not reference")
+CLASS_ROW = ("tests/test_attention.py", "-k", "(class_row or every_scheme) and cpp")
+HEAD_DIMS = ("tests/test_attention.py", "-k", "head_dims and cpp")
 ROUNDING = ("tests/test_attention.py", "-k", "round_to_nearest")
-LAYOUTS = ("tests/test_attention.py", "-k", "(layouts or strides or gradients_of) and not reference")
+LAYOUTS = ("tests/test_attention.py", "-k", "(layouts or strides or gradients_of) and cpp")
 MEMORY = ("tests/test_memory_safety.py", "-k", "guard_arena or survives or class_weights")
 THREADS = ("tests/test_determinism.py", "-k", "thread_counts")
 OPS = ("tests/test_ops.py",)

@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 
 from mutants import MUTANTS
+from mutants_triton import MUTANTS as TRITON
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("csrc", "kernels", "timesformer", "tests")
@@ -109,7 +110,7 @@ def main():
     parser.add_argument("--list", action="store_true", help="print the mutants and check their patterns, run nothing")
     parser.add_argument("--isa", default="baseline", choices=FLAGS, help="instruction set to compile for")
     options = parser.parse_args()
-    mutants = [m for m in MUTANTS if options.only in m.name or options.only in m.file]
+    mutants = [m for m in (*MUTANTS, *TRITON) if options.only in m.name or options.only in m.file]
     stale = check_patterns(mutants)
     if options.list:
         print("\n".join(f"{m.file:45} {m.name}" for m in mutants))

@@ -10,6 +10,7 @@ import torch.autograd.forward_ad as forward_ad
 from fused_oracle import able, gradients, operands, randn, row_scale, strided
 from oracle import device_of, same
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from timesformer_kernels import fused, registry
 from timesformer_kernels.fused import add_layer_norm, bias_gelu
@@ -163,6 +164,27 @@ def test_higher_derivatives_refuse(kernels, options):
         with refuses():
             (g,) = torch.autograd.grad(run(leaf), leaf, create_graph=True)
             torch.autograd.grad(g.sum(), leaf)
+
+
+class Watching(TorchDispatchMode):
+    """Any mode makes a call a visible op."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+def test_double_backward_through_the_ops_refuses(kernels):
+    """Each on its own: the backward op would otherwise warn and answer with wrong numbers."""
+    x, branch, weight, bias = [t.requires_grad_() for t in operands(kernels, 2, 5, 8)]
+    for call in (
+        lambda: add_layer_norm(x, branch, weight, bias, backend=kernels)[1],
+        lambda: bias_gelu(x, bias, backend=kernels),
+    ):
+        with Watching():
+            out = call()
+        (g,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
+        with pytest.raises(NotImplementedError, match="double backward of a fused step"):
+            torch.autograd.grad(g.sum(), x)
 
 
 def test_autocast_leaves_the_stream_alone(engine):

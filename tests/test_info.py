@@ -23,6 +23,7 @@ def test_json_holds_what_a_bug_report_needs(capsys):
     assert report["torch"] == torch.__version__
     assert report["python"] == platform.python_version()
     assert report["cpu"]["threads"] == torch.get_num_threads()
+    assert report["auto"]["cpu"]["float64"] in ("cpp", "reference")
     assert set(report["libraries"]) == {"_cpu", "_cuda"}
     assert report["cuda"]["available"] == torch.cuda.is_available()
     assert "cuda" in report["backends"] or not report["cuda"]["available"]
@@ -58,6 +59,8 @@ def test_the_text_gives_one_line_where_dtypes_agree(capsys, monkeypatch):
     monkeypatch.setitem(registry._BACKENDS, "picky", picky)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     lines = [" ".join(line.split()) for line in printed(capsys).splitlines()]
+    chosen = registry.resolve("auto", "cpu", torch.float32, 64).name
+    assert f"auto takes {chosen} [float32, bfloat16, float16, float64]" in lines
     assert "picky can run [float32, float64]" in lines
     assert "picky no kernel for 16-bit types [bfloat16, float16]" in lines
 
@@ -83,30 +86,38 @@ def test_gpus_are_listed(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
     report = info.report()
     assert report["cuda"]["gpus"] == [{"name": "a GPU", "capability": "9.0", "memory_bytes": 2**37}]
-    assert set(report["backends"]) == {"cpu", "cuda"}
+    assert set(report["backends"]) == set(report["auto"]) == {"cpu", "cuda"}
     assert "a GPU (9.0, 128 GiB)" in info.render(report)
 
 
-def test_our_environment_variables_are_shown_and_no_others(capsys, monkeypatch):
+def test_environment_variables_of_ours_and_tritons_are_shown_and_no_others(capsys, monkeypatch):
     monkeypatch.setenv("TIMESFORMER_KERNELS_CUDA", "0")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setenv("UNRELATED", "secret")
     report = json.loads(printed(capsys, "--json"))
     assert report["environment"]["TIMESFORMER_KERNELS_CUDA"] == "0"
-    assert all(name.startswith("TIMESFORMER_KERNELS_") for name in report["environment"])
+    assert report["environment"]["TRITON_INTERPRET"] == "1"
+    assert all(name.startswith(("TIMESFORMER_KERNELS_", "TRITON_")) for name in report["environment"])
     assert "secret" not in printed(capsys)
 
 
-def test_as_a_command_and_without_importing_triton(tmp_path):
-    """A triton that breaks at import (no driver, wrong torch) must not take the report down with it."""
+@pytest.mark.parametrize("interpret", ["0", "1"])
+def test_as_a_command_beside_a_triton_that_breaks_at_import(tmp_path, interpret):
+    """It is imported where only it can answer, for the interpreter or a GPU, and must not take the report down."""
     (tmp_path / "triton").mkdir()
     (tmp_path / "triton/__init__.py").write_text("raise RuntimeError('triton was imported')\n")
     (tmp_path / "triton-9.9.dist-info").mkdir()
     (tmp_path / "triton-9.9.dist-info/METADATA").write_text("Metadata-Version: 2.1\nName: triton\nVersion: 9.9\n")
     search = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
     command = [sys.executable, "-m", "timesformer_kernels.info", "--json"]
-    done = subprocess.run(
-        command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": search}, capture_output=True, text=True
-    )
+    environment = {**os.environ, "PYTHONPATH": search, "TRITON_INTERPRET": interpret}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
-    assert json.loads(done.stdout)["triton"] == "9.9"
+    report = json.loads(done.stdout)
+    assert report["triton"] == "9.9"
+    reasons = {device: answers["float32"]["triton"] for device, answers in report["backends"].items()}
+    asked = "cpu" if interpret == "1" else "cuda"
+    for device, reason in reasons.items():
+        imported = reason == "its kernels do not import: triton was imported"
+        assert imported == (device == asked), reason

@@ -359,6 +359,20 @@ def check_the_same_call_is_the_same_launch(driver):
             ]
 
 
+@check
+def check_warming_up_counts_what_it_compiles(driver):
+    from timesformer_kernels.warmup import warmup
+
+    class Model(torch.nn.Linear):
+        def forward(self, x):
+            q, k, v, *rest = arguments("height", "none", N=x.shape[1])  # a view that no other check has
+            return forward(q, k, v, *rest)
+
+    before = driver.compiled
+    assert warmup(Model(1, 1), [(1, 2), (1, 2), (1, 3)]) == driver.compiled - before > 0
+    assert warmup(Model(1, 1), [(1, 2), (1, 3)]) == 0
+
+
 def child():
     import triton
     from triton.backends.compiler import GPUTarget

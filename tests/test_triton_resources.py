@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The gate on compiled kernels, scripts/triton_resources.py: it sees what is wrong, and the main shapes pass it."""
+"""The gate on compiled kernels, scripts/triton_resources.py, sees what is wrong and lets the main shapes pass; and
+scripts/tune_triton.py, which chooses by it.
+"""
 
-import importlib.util
+import importlib
 import json
 import os
 import subprocess
@@ -9,9 +11,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
-SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "triton_resources.py"
+SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 GOOD = dict(kernel="resident_forward", arch=90, dtype="bfloat16", precision="ieee", head_dim=64, cls="exclude", spill=0)
 GOOD |= dict(shared=4096, loads={"LDG.E.128": 12, "STG.E.128": 4, "STG.E.U16": 1}, matrix={"HMMA": 16}, per_row=35.0)
 
@@ -44,11 +47,20 @@ LISTING = """
 
 
 @pytest.fixture(scope="module")
-def gate():
-    spec = importlib.util.spec_from_file_location("triton_resources", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def scripts():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(SCRIPTS)
+        yield
+
+
+@pytest.fixture(scope="module")
+def gate(scripts):
+    return importlib.import_module("triton_resources")
+
+
+@pytest.fixture(scope="module")
+def tune(gate):
+    return importlib.import_module("tune_triton")
 
 
 def run(tmp_path, *command):
@@ -105,7 +117,7 @@ def test_what_is_wrong_with_a_kernel_is_reported(gate, change, problem):
 def test_the_main_shapes_pass(tmp_path, arch, members):
     out, lengths = tmp_path / "out.json", map(str, members)
     which = "--dtype", "bfloat16", "--head-dim", "64", "--members", *lengths
-    done = run(tmp_path, SCRIPT, "--arch", str(arch), *which, "--workers", "1", "--json", out)
+    done = run(tmp_path, SCRIPTS / "triton_resources.py", "--arch", str(arch), *which, "--workers", "1", "--json", out)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     reports = json.loads(out.read_text())["reports"]
     found = {(report["kernel"], report["members"]) for report in reports}
@@ -113,13 +125,69 @@ def test_the_main_shapes_pass(tmp_path, arch, members):
     assert all(report["arch"] == arch and 16 < report["registers"] <= 255 for report in reports)
 
 
-def test_a_tile_too_large_fails(tmp_path):
-    """The same kernel in one warp cannot hold its scores in registers."""
-    job = dict(arch=80, dtype="bfloat16", precision="ieee", head_dim=64, scheme="time", members=96, cls="exclude")
-    job |= dict(kernels=["resident_forward"], configs={"resident_forward": (128, 128, 1, 1)})
-    code = f"import json, triton_resources; print(json.dumps(triton_resources.build({job})))"
-    done = run(tmp_path, "-c", f"import sys; sys.path.insert(0, {str(SCRIPT.parent)!r}); {code}")
-    assert done.returncode == 0, done.stderr[-4000:]
-    (report,) = json.loads(done.stdout)
-    assert report["num_warps"] == 1 and report["tile"][0] == 128
-    assert any(problem.startswith("spills") for problem in report["problems"])
+def test_a_row_meets_the_shapes_that_its_kernel_serves(tune):
+    assert tune.cases("resident_forward", "bits16", 64, 0, 8) == [("time", 8, "exclude")]
+    assert tune.cases("resident_forward", "bits16", 64, 8, 10) == [("time", 10, "exclude")]  # none of TimeSformer's
+    assert tune.cases("resident_forward", "bits16", 64, 32, 64) == [("time", 64, "exclude"), ("space", 50, "per_group")]
+    streamed = tune.cases("streaming_forward", "bits16", 64, 0, 1 << 30)
+    assert ("space", 785, "per_group") in streamed and ("time", 96, "exclude") not in streamed
+    assert ("time", 96, "exclude") in tune.cases("streaming_backward_q", "ieee", 64, 0, 1 << 30)  # float32 is larger
+
+
+@pytest.mark.parametrize(
+    "kernel, longest", [("resident_forward", 8), ("resident_backward", 197), ("streaming_forward", 785)]
+)
+def test_the_present_configuration_is_the_first_candidate(tune, kernel, longest):
+    found = tune.candidates(kernel, longest, [48, 48, 3, 5])
+    assert found[0] == (48, 48, 3, 5) and len(found) == len(set(found)) > 5
+    for m, n, warps, stages in found[1:]:
+        assert m & (m - 1) == n & (n - 1) == 0 and min(m, n) >= 16 and warps in (1, 2, 4, 8) and stages in (1, 2, 3)
+        assert longest > 32 or m >= longest  # a packed tile holds whole sequences
+
+
+def test_a_row_changes_for_a_gain_beyond_the_noise_only(tune):
+    a, b, c = (16, 16, 1, 1), (32, 32, 1, 1), (64, 64, 2, 1)
+    assert tune.choose("row", [a, b, c], [1.0, 0.9, 0.8]) == c
+    assert tune.choose("row", [a, b, c], [1.0, 0.995, 1.2]) == a
+    assert tune.choose("row", [b, c], None) == b
+
+
+def test_tuning_without_a_gpu_replaces_a_row_that_spills(tmp_path):
+    table = json.loads((SCRIPTS.parent / "kernels/timesformer_kernels/backends/triton/configs.json").read_text())
+    rows = table["configs"]["sm_8x"]["resident_forward"]["bits16"]["64"]
+    (index,) = [i for i, row in enumerate(rows) if row[0] == 128]
+    good, rows[index] = rows[index], [128, 128, 128, 1, 1]
+    bad, out = tmp_path / "bad.json", tmp_path / "out.json"
+    bad.write_text(json.dumps(table))
+    which = "--arch sm_8x --kernel resident_forward --kind bits16 --head-dim 64 --limit 128 --workers 1".split()
+    argv = ["tune_triton.py", "--static", *which, "--out", str(out)]
+    code = f"import pathlib, sys; sys.path.insert(0, {str(SCRIPTS)!r}); import tune_triton; sys.argv = {argv}"
+    code += f"; tune_triton.regimes.TABLE = pathlib.Path({str(bad)!r}); sys.exit(tune_triton.main())"
+    done = run(tmp_path, "-c", code)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    assert "(128, 128, 1, 1): spills" in done.stdout
+    result = json.loads(out.read_text())
+    new = result["configs"]["sm_8x"]["resident_forward"]["bits16"]["64"][index]
+    assert new[0] == 128 and new[3] > 1
+    result["configs"]["sm_8x"]["resident_forward"]["bits16"]["64"][index] = rows[index] = good
+    assert result["configs"] == table["configs"]  # nothing else moved
+    made = result["made"]["sm_8x"]
+    assert made["device"] is None and made["command"].startswith("python scripts/tune_triton.py --static --arch sm_8x")
+    assert str(tmp_path) not in made["command"]
+    assert out.read_text().count("\n") < 1000  # a row is a line
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--arch", "sm_9x"], "--arch needs --static" if torch.cuda.is_available() else "no GPU; --static"),
+        (["--static", "--kernel", "resident"], "--kernel: got resident, expected some of resident_forward"),
+        (["--static", "--limit", "7"], "the table has no such row"),
+    ],
+)
+def test_tuning_refuses_what_it_cannot_do(tune, tmp_path, monkeypatch, capsys, options, message):
+    monkeypatch.setattr(sys, "argv", ["tune_triton.py", *options, "--out", str(tmp_path / "out.json")])
+    with pytest.raises(SystemExit) as refused:
+        tune.main()
+    assert message in f"{refused.value} {capsys.readouterr().err}"
+    assert not (tmp_path / "out.json").exists()

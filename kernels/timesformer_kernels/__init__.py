@@ -3,6 +3,7 @@
 
 from .ops import explain, grid_attention, grid_attention_qkvpacked, space_attention, time_attention
 from .registry import available_backends
+from .warmup import warmup
 
 __version__ = "0.1.0"
 __all__ = [
@@ -12,4 +13,5 @@ __all__ = [
     "grid_attention_qkvpacked",
     "space_attention",
     "time_attention",
+    "warmup",
 ]

@@ -30,14 +30,14 @@ from .backends import reference
 from .grid import Scheme, View
 
 NAMESPACE = "timesformer_kernels"
+FWD, BWD = f"{NAMESPACE}::attn_fwd", f"{NAMESPACE}::attn_bwd"
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
-_QKV = "Tensor q, Tensor k, Tensor v"
+_QKV, _SAVED = "Tensor q, Tensor k, Tensor v", "Tensor? out, Tensor? stats"
 _VIEW = "SymInt[] groups, SymInt[] sequence, str cls, float scale, str backend, Tensor? cls_weights"
-_BWD = f"Tensor dout, {_QKV}, Tensor? out, Tensor? stats, {_VIEW}"
 
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 LIBRARY.define(f"attn_fwd({_QKV}, {_VIEW}) -> (Tensor out, Tensor stats)", tags=_TAGS)
-LIBRARY.define(f"attn_bwd({_BWD}) -> (Tensor, Tensor, Tensor)", tags=_TAGS)
+LIBRARY.define(f"attn_bwd(Tensor dout, {_QKV}, {_SAVED}, {_VIEW}) -> (Tensor, Tensor, Tensor)", tags=_TAGS)
 
 
 # --- the bare functions: plain tensors in, plain tensors out ---------------------------------------------------------
@@ -49,9 +49,7 @@ def _backend(q: Tensor, name: str) -> registry.Backend:
 
 def _new_stats(backend: registry.Backend, q: Tensor, shape, view: View) -> Tensor | None:
     """Room for what the backward needs of the forward beside its operands and result; None where that is nothing."""
-    if backend.stats_size is None:
-        return None
-    size = backend.stats_size(shape, q.dtype, view)
+    size = 0 if backend.stats_size is None else backend.stats_size(shape, q.dtype, view)
     return q.new_empty(size, dtype=torch.float32) if size > 0 else None
 
 
@@ -62,7 +60,7 @@ def _forward(q, k, v, view: View, scale: float, backend: str, cls_weights):
     return chosen.forward(q, k, v, view, scale, cls_weights, stats), stats
 
 
-def _tensors(q, out, stats):
+def _results(q, out, stats):
     """For an op or a transform, whose results are never None."""
     return out, q.new_empty(0, dtype=torch.float32) if stats is None else stats
 
@@ -76,8 +74,7 @@ def _backward(dout, q, k, v, out, stats, view: View, scale: float, backend: str,
 
 
 def _op_forward(q, k, v, groups, sequence, cls, scale, backend, cls_weights):
-    view = View.from_flat(groups, sequence, cls)
-    return _tensors(q, *_forward(q, k, v, view, scale, backend, cls_weights))
+    return _results(q, *_forward(q, k, v, View.from_flat(groups, sequence, cls), scale, backend, cls_weights))
 
 
 def _op_backward(dout, q, k, v, out, stats, groups, sequence, cls, scale, backend, cls_weights):
@@ -87,21 +84,17 @@ def _op_backward(dout, q, k, v, out, stats, groups, sequence, cls, scale, backen
 def _fake_forward(q, k, v, groups, sequence, cls, scale, backend, cls_weights):
     # A named backend is not asked whether it can run here: shapes may be wanted of a device that is not at hand.
     chosen = _backend(q, backend) if backend == "auto" else registry.get(backend)
-    shape = (*q.shape[:3], int(q.shape[3]))  # kernels are compiled for one head_dim
-    stats = _new_stats(chosen, q, shape, View.from_flat(groups, sequence, cls))
+    stats = _new_stats(chosen, q, (*q.shape[:3], int(q.shape[3])), View.from_flat(groups, sequence, cls))
     # new_empty, not empty_like: results are contiguous whatever the strides of q (the compiler relies on it).
-    return _tensors(q, q.new_empty(q.shape), stats)
+    return _results(q, q.new_empty(q.shape), stats)
 
 
 for _key in ("CPU", "CUDA"):
     LIBRARY.impl("attn_fwd", _op_forward, _key)
     LIBRARY.impl("attn_bwd", _op_backward, _key)
-torch.library.register_fake(f"{NAMESPACE}::attn_fwd", _fake_forward, lib=LIBRARY)
-torch.library.register_fake(
-    f"{NAMESPACE}::attn_bwd", lambda dout, q, *_: tuple(q.new_empty(q.shape) for _ in range(3)), lib=LIBRARY
-)
-ATTN_FWD = torch.ops.timesformer_kernels.attn_fwd.default
-ATTN_BWD = torch.ops.timesformer_kernels.attn_bwd.default
+torch.library.register_fake(FWD, _fake_forward, lib=LIBRARY)
+torch.library.register_fake(BWD, lambda dout, q, *_: tuple(q.new_empty(q.shape) for _ in range(3)), lib=LIBRARY)
+ATTN_FWD, ATTN_BWD = torch.ops.timesformer_kernels.attn_fwd.default, torch.ops.timesformer_kernels.attn_bwd.default
 
 
 def _gradients(run, ctx, dout):
@@ -129,8 +122,7 @@ def _fold_batch(info, in_dims, *tensors):
     out = []
     for x, dim in zip(tensors, in_dims, strict=False):
         if x is not None:
-            x = x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
-            x = x.flatten(0, 1)
+            x = (x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)).flatten(0, 1)
         out.append(x)
     return out
 
@@ -153,15 +145,12 @@ def _vmap(count, call, forward=None):
 
 
 torch.library.register_autograd(
-    f"{NAMESPACE}::attn_fwd",
-    lambda ctx, dout, dstats: _gradients(ATTN_BWD, ctx, dout),
-    setup_context=_setup_context,
-    lib=LIBRARY,
+    FWD, lambda ctx, dout, dstats: _gradients(ATTN_BWD, ctx, dout), setup_context=_setup_context, lib=LIBRARY
 )
 # Without a formula of its own the backward op would answer a double backward with a warning and wrong numbers.
-torch.library.register_autograd(f"{NAMESPACE}::attn_bwd", _refuse, lib=LIBRARY)
-torch.library.register_vmap(f"{NAMESPACE}::attn_fwd", _vmap(3, ATTN_FWD), lib=LIBRARY)
-torch.library.register_vmap(f"{NAMESPACE}::attn_bwd", _vmap(6, ATTN_BWD, ATTN_FWD), lib=LIBRARY)
+torch.library.register_autograd(BWD, _refuse, lib=LIBRARY)
+torch.library.register_vmap(FWD, _vmap(3, ATTN_FWD), lib=LIBRARY)
+torch.library.register_vmap(BWD, _vmap(6, ATTN_BWD, ATTN_FWD), lib=LIBRARY)
 
 
 # --- mount 2: autograd.Functions over the bare functions -------------------------------------------------------------
@@ -196,7 +185,7 @@ class FusedAttention(torch.autograd.Function):
 class _FuncAttention(FusedAttention):
     """The form torch.func asks for, where what the backward needs is a result."""
 
-    forward = staticmethod(lambda q, *rest: _tensors(q, *_forward(q, *rest)))
+    forward = staticmethod(lambda q, *rest: _results(q, *_forward(q, *rest)))
     setup_context = staticmethod(_setup_context)
     vmap = staticmethod(lambda *args: _vmap(3, _FuncAttention.apply)(*args))
 

@@ -99,7 +99,11 @@ def store_zero_row(ptr, P: tl.constexpr):
 @triton.jit
 def product(a, b, P: tl.constexpr):
     """a @ b in float32, the wider of the two rounded to the type of b."""
-    return tl.dot(a.to(b.dtype), b, input_precision=P.PRECISION)
+    out = tl.dot(a.to(b.dtype), b, input_precision=P.PRECISION)
+    if P.PRECISION == "ieee" and b.dtype == tl.float32 and P.BLOCK_D > 64:
+        # True float32 keeps its operands in registers; the barrier stops the next product's from being fetched early.
+        tl.debug_barrier()
+    return out
 
 
 @triton.jit

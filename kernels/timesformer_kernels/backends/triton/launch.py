@@ -89,8 +89,7 @@ class Step:
         _on_device_of(like, self._start, self.kernel, self.programs, tensors, floats)
 
     def _start(self, kernel, programs: int, tensors: tuple, floats: tuple) -> None:
-        # An int would be compiled in as one.
-        args = (*tensors, *self.numbers, *map(float, floats), self.plan)
+        args = (*tensors, *self.numbers, *map(float, floats), self.plan)  # triton compiles for the value of an int
         if INTERPRETED or torch.version.hip or _watched(kernel):  # HIP code depends on the sizes of tensors, too
             kernel[(programs,)](*args, **self.options)
             return
@@ -99,10 +98,9 @@ class Step:
         key = (device, *[x if x is None else (x.dtype, x.data_ptr() % 16 == 0) for x in tensors])
         binary = self.binaries.get(key)
         if binary is None:
-            compiled = kernel[(programs,)](*args, **self.options)
-            if isinstance(compiled, CompiledKernel):  # not one that is being compiled in the background
-                self.binaries[key] = compiled.run, compiled.function, compiled.packed_metadata
+            binary = kernel[(programs,)](*args, **self.options)
+            if isinstance(binary, CompiledKernel):  # not one that is being compiled in the background
+                self.binaries[key] = binary
             return
-        run, function, metadata = binary
         stream = driver.get_current_stream(device)
-        run(programs, 1, 1, stream, function, metadata, None, None, None, *args)
+        binary.run(programs, 1, 1, stream, binary.function, binary.packed_metadata, None, None, None, *args)

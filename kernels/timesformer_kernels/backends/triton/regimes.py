@@ -6,8 +6,8 @@ keys and values pass by. A backward holds more than a forward, the gradients of 
 earlier, and before that it no longer has room for all scores of a row. From there on the forward keeps for it what
 a row needs, its log-sum-exp.
 
-Tile sizes, warps and stages are in `configs.json`, by architecture, dtype, head dimension and length; `python -m
-timesformer_kernels.tune` makes it. Nothing is tuned at run time, so a call can be captured in a CUDA graph, and
+Tile sizes, warps and stages are in `configs.json`, by architecture, dtype, head dimension and length;
+`scripts/tune_triton.py` makes it. Nothing is tuned at run time, so a call can be captured in a CUDA graph, and
 the same inputs always meet the same code.
 """
 

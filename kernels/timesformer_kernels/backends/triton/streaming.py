@@ -220,8 +220,10 @@ def streaming_backward_kv(
             store_zero_row(dv_ptr, P)
     key = tile * P.BLOCK_N + tl.arange(0, P.BLOCK_N)
     key_row, key_exists = place_rows(key, members, group, where, P)
-    k = load_rows(k_ptr + (batch * kb + head * kh) * P.VEC, key_row, ks, key_exists, P)
-    v = load_rows(v_ptr + (batch * vb + head * vh) * P.VEC, key_row, vs, key_exists, P)
+    k_ptr += (batch * kb + head * kh) * P.VEC
+    v_ptr += (batch * vb + head * vh) * P.VEC
+    k = load_rows(k_ptr, key_row, ks, key_exists, P)
+    v = load_rows(v_ptr, key_row, vs, key_exists, P)
     if P.CLS == 3:
         cls_lse = tl.load(cls_lse_ptr + batch * heads + head)
     BLOCK_N: tl.constexpr = P.BLOCK_N
@@ -240,6 +242,11 @@ def streaming_backward_kv(
         delta = tl.load(delta_ptr + stats + place, mask=exists, other=0.0)
         if P.CLS == 3:
             lse = tl.where(place == 0, cls_lse, lse)
+        if P.PRECISION == "ieee" and k.dtype == tl.float32 and P.BLOCK_D > 64:
+            # Registers cannot hold wide rows of both as true float32 products want them: fetched from the cache again.
+            # The mask says nothing new, but that it changes with m0: else the compiler moves all this before the loop.
+            k = load_rows(k_ptr, key_row, ks, key_exists & (m0 < members), P)
+            v = load_rows(v_ptr, key_row, vs, key_exists & (m0 < members), P)
         p = tl.exp2(inner(k, q, P) * (scale * LOG2E) - lse[None, :])  # [keys, queries]
         p = seen(p, 0.0, place[None, :], key[:, None], group, P)
         dv += product(p, do, P)
