@@ -152,15 +152,15 @@ MUTANTS = [
     Mutant(
         "Triton: scale missing in the scores",
         RESIDENT,
-        "        s = inner(q, k[i], P) * (scale * LOG2E)\n        s = hide",
-        "        s = inner(q, k[i], P) * LOG2E\n        s = hide",
+        "        s = scaled(inner(q, k[i], P), scale, P)\n        s = hide",
+        "        s = scaled(inner(q, k[i], P), 1.0, P)\n        s = hide",
         LENGTHS,
     ),
     Mutant(
         "Triton: scale missing in ds",
         RESIDENT,
-        "ds = p * (dp[i] - delta[:, None]) * scale",
-        "ds = p * (dp[i] - delta[:, None])",
+        "ds = p[i] * (dp[i] - delta[:, None]) * scale",
+        "ds = p[i] * (dp[i] - delta[:, None])",
         LENGTHS,
     ),
     Mutant(

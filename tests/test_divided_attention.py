@@ -11,6 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from timesformer import DividedSTAttention, JointSTAttention
 from timesformer_kernels import registry
 
+pytestmark = pytest.mark.needs(dtype=torch.float64, device="cpu")  # what the tests of this file ask of a backend
+
 EXACT = dict(rtol=1e-10, atol=1e-11)
 
 

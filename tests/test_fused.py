@@ -141,7 +141,7 @@ def test_offset_rows_keep_their_statistics(engine):
 
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES[1:], ids=["float16", "bfloat16"])
 def test_the_norm_is_that_of_the_sum_which_is_returned(engine, dtype):
-    """Else the backward, which reads the rounded sum, would be that of another function. (An element may round apart.)"""
+    """The backward reads the rounded sum: else it would be that of another function. (An element may round apart.)"""
     x, branch, weight, bias = operands(engine, 2, 9, 192, dtype)
     total, normed = add_layer_norm(x, branch, weight, bias, backend=engine)
     assert (normed != add_layer_norm(total, None, weight, bias, backend=engine)[1]).float().mean() < 1e-3

@@ -12,6 +12,8 @@ from blocks import TINY, clip
 from timesformer import TimeSformer
 from timesformer_kernels import registry
 
+pytestmark = pytest.mark.needs(dtype=torch.float64, device="cpu")  # what the tests of this file ask of a backend
+
 KINDS = ("divided_space_time", "joint_space_time", "space_only")
 EXACT = dict(rtol=1e-10, atol=1e-11)
 

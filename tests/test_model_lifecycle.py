@@ -14,6 +14,8 @@ from blocks import TINY, clip
 
 from timesformer import TimeSformer, TimeSformerConfig
 
+pytestmark = pytest.mark.needs(dtype=torch.float64, device="cpu")  # what the tests of this file ask of a backend
+
 KINDS = ("divided_space_time", "joint_space_time", "space_only")
 
 

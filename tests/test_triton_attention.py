@@ -240,11 +240,11 @@ def test_gradients_of_any_layout(members):
     ("members", "saved"), [(8, False), (96, False), (128, False), (129, True), (197, True), (785, True)]
 )
 def test_what_the_backward_keeps(members, saved):
-    """Short sequences need neither output nor log-sum-exp; longer ones a float per query, beside an output that the
+    """Short sequences need neither output nor log-sum-exp; longer ones two floats per query, beside an output that the
     projection keeps anyway."""
     view = grid.view("time", (4, 1, members), "exclude")
     shape = (2, 1 + 4 * members, 3, 64)
-    assert regimes.stats_size(shape, torch.bfloat16, view) == (2 * 4 * members * 3 if saved else 0)
+    assert regimes.stats_size(shape, torch.bfloat16, view) == (2 * 2 * 4 * members * 3 if saved else 0)
     if members < 200:
         q, k, v = (x.requires_grad_() for x in inputs(Case("time", (4, 1, members), "exclude")))
         kept = []

@@ -52,6 +52,7 @@ def _base(layout: Layout) -> Plan:
         SEQ_AXES=len(view.sequence),
         VEC=_unit(layout),
         WIDE=reach >= 2**31,
+        FULL=layout.dtype == torch.float32,
         UPCAST=INTERPRETED and layout.dtype == torch.bfloat16,
         PRECISION=layout.precision,
         STATS=False,
@@ -160,7 +161,7 @@ def forward(q, k, v, view: View, scale: float, cls_weights, stats=None) -> torch
     if view is None:
         return out.zero_()
     main, finish = _forward_plan(_layout(view, (q, k, v), cls_weights is not None, stats is not None))
-    cls_lse, lse, cls_out = _parts(stats, q, view)
+    cls_sums, sums, cls_out = _parts(stats, q, view)
     top = None
     if finish is not None:
         G = view.num_groups
@@ -168,9 +169,9 @@ def forward(q, k, v, view: View, scale: float, cls_weights, stats=None) -> torch
             cls_out = q.new_empty(B * G * H * D, dtype=torch.float32)
         if view.cls == "global":
             top = q.new_empty(2 * B * G * H, dtype=torch.float32)
-    main.run(q, (q, k, v, out, cls_out, top, lse), scale)
+    main.run(q, (q, k, v, out, cls_out, top, sums), scale)
     if finish is not None:
-        finish.run(q, (out, cls_out, top, _dense(cls_weights), cls_lse))
+        finish.run(q, (out, cls_out, top, _dense(cls_weights), cls_sums))
     return out
 
 
@@ -193,16 +194,16 @@ def backward(dout, q, k, v, view: View, scale: float, cls_weights, grads=None, s
     main, finish = _backward_plan(layout._replace(strides=layout.strides[:5]))
     weights = _dense(cls_weights)
     out, stats = saved or (None, None)
-    cls_lse, lse, cls_out = _parts(stats, q, view)
+    cls_sums, sums, cls_out = _parts(stats, q, view)
     parts = None
     if finish is not None:
         parts = q.new_empty(B * view.num_groups * H * 3 * D, dtype=torch.float32)
     if len(main) == 1:
-        main[0].run(q, (q, k, v, dout, out, dq, dk, dv, cls_out, parts, weights, cls_lse, lse), scale)
+        main[0].run(q, (q, k, v, dout, out, dq, dk, dv, cls_out, parts, weights, cls_sums, sums), scale)
     else:
-        delta = torch.empty_like(lse)
-        main[0].run(q, (q, k, v, dout, out, dq, cls_out, parts, weights, cls_lse, lse, delta), scale)
-        main[1].run(q, (q, k, v, dout, dk, dv, parts, weights, cls_lse, lse, delta), scale)
+        delta = q.new_empty(sums.numel() // 2, dtype=torch.float32)
+        main[0].run(q, (q, k, v, dout, out, dq, cls_out, parts, weights, cls_sums, sums, delta), scale)
+        main[1].run(q, (q, k, v, dout, dk, dv, parts, weights, cls_sums, sums, delta), scale)
     if finish is not None:
         finish.run(q, (dq, dk, dv, parts))
     if dq is not results[0]:

@@ -4,6 +4,8 @@
 import triton
 import triton.language as tl
 
+from .device import power, store_sums
+
 INFINITY = tl.constexpr(float("inf"))
 GROUPS = tl.constexpr(16)  # parts read at a time
 
@@ -12,7 +14,7 @@ GROUPS = tl.constexpr(16)  # parts read at a time
 def add_parts(ptr, first, step, groups, share_ptr, share_first, share_step, top, P: tl.constexpr):
     """Sum [D] over groups of share * row first + group * step of ptr [.., D] float32.
 
-    share: 1 without share_ptr, else what lies there; with `top`, exp2(that - top).
+    share: 1 without share_ptr, else what lies there; with `top`, power(that - top).
     """
     BLOCK_D: tl.constexpr = P.BLOCK_D
     d = tl.arange(0, BLOCK_D)
@@ -25,18 +27,18 @@ def add_parts(ptr, first, step, groups, share_ptr, share_first, share_step, top,
         if share_ptr is not None:
             share = tl.load(share_ptr + share_first + group * share_step, mask=keep, other=0.0)
             if top is not None:
-                share = tl.where(keep, tl.exp2(share - top), 0.0)
+                share = tl.where(keep, power(share - top, P), 0.0)
             x = x * share[:, None]
         acc += x
     return tl.sum(acc, 0)
 
 
 @triton.jit(do_not_specialize=["tokens", "heads", "groups"])
-def class_forward(o_ptr, cls_ptr, top_ptr, weights_ptr, lse_ptr, tokens, heads, groups, P: tl.constexpr):
+def class_forward(o_ptr, cls_ptr, top_ptr, weights_ptr, sums_ptr, tokens, heads, groups, P: tl.constexpr):
     """Row 0 of o [B, S, H, D] from cls_ptr [B, G, H, D]. Grid (batch * heads,).
 
     P.CLS == 2: their mean, or sum weighted by weights_ptr [B, G]. P.CLS == 3: one softmax over all groups, from the
-    maxima and sums top_ptr [2, B, G, H]; its log2-sum-exp2 goes to lse_ptr [B, H].
+    maxima and sums top_ptr [2, B, G, H]; its own go to sums_ptr [B, H, 2].
     """
     pid = tl.program_id(0)
     head = (pid % heads).to(tl.int64)
@@ -59,12 +61,12 @@ def class_forward(o_ptr, cls_ptr, top_ptr, weights_ptr, lse_ptr, tokens, heads, 
             group = g0 + tl.arange(0, GROUPS)
             keep = group < groups
             at = first + group * heads
-            share = tl.exp2(tl.load(top_ptr + at, mask=keep, other=-INFINITY) - top)
+            share = power(tl.load(top_ptr + at, mask=keep, other=-INFINITY) - top, P)
             sums += tl.where(keep, share * tl.load(sum_ptr + at, mask=keep, other=0.0), 0.0)
         total = tl.sum(sums, 0)
         row = add_parts(cls_ptr, first, heads, groups, top_ptr, first, heads, top, P) / total
         if P.STATS:
-            tl.store(lse_ptr + batch * heads + head, top + tl.log2(total))
+            store_sums(sums_ptr, batch * heads + head, top, total, None)
     d = tl.arange(0, P.BLOCK_D)
     at = o_ptr + (batch * tokens * heads + head) * P.D + d
     tl.store(at, row.to(o_ptr.dtype.element_ty), mask=d < P.D)

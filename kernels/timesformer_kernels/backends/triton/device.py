@@ -5,15 +5,17 @@ A sequence has M members: its L patches and, where the class token takes part, t
 `regimes.Plan` a kernel is compiled for. P.CLS says what the class row is: 0 no member (modes "none" and "exclude"), 1 a
 key ("key"), 2 a key and a query of every group ("per_group"), 3 the same with one softmax over all groups ("global").
 
-Strides arrive divided by P.VEC, the elements in 16 bytes, and are multiplied again here: so the compiler knows that rows
-are aligned without specialising on the numbers. P.VEC is 1 where some row is not.
+Strides arrive divided by P.VEC, the elements in 16 bytes, and are multiplied again here: so the compiler knows that
+rows are aligned without specialising on the numbers. P.VEC is 1 where some row is not.
 
-`where` is (groups, gn1, gn2, gs0, gs1, gs2, ln1, ln2, ls0, ls1, ls2): the number of groups, then for groups and sequence
-the sizes of the second and third axis and the steps of up to three, in token rows.
+`where` is (groups, gn1, gn2, gs0, gs1, gs2, ln1, ln2, ls0, ls1, ls2): the number of groups, then for groups and
+sequence the sizes of the second and third axis and the steps of up to three, in token rows.
 """
 
 import triton
 import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -100,7 +102,7 @@ def store_zero_row(ptr, P: tl.constexpr):
 def product(a, b, P: tl.constexpr):
     """a @ b in float32, the wider of the two rounded to the type of b."""
     out = tl.dot(a.to(b.dtype), b, input_precision=P.PRECISION)
-    if P.PRECISION == "ieee" and b.dtype == tl.float32 and P.BLOCK_D > 64:
+    if P.PRECISION == "ieee" and P.FULL and P.BLOCK_D > 64:
         # True float32 keeps its operands in registers; the barrier stops the next product's from being fetched early.
         tl.debug_barrier()
     return out
@@ -112,7 +114,7 @@ def inner(a, b, P: tl.constexpr):
 
     A true float32 product holds whole rows of both in registers, so it is done over 32 columns at a time.
     """
-    if P.PRECISION == "ieee" and a.dtype == tl.float32 and a.shape[1] > 32:
+    if P.PRECISION == "ieee" and P.FULL and a.shape[1] > 32:
         even_a, odd_a = tl.split(tl.reshape(a, [a.shape[0], a.shape[1] // 2, 2]))
         even_b, odd_b = tl.split(tl.reshape(b, [b.shape[0], b.shape[1] // 2, 2]))
         return inner(even_a, even_b, P) + inner(odd_a, odd_b, P)
@@ -127,13 +129,65 @@ def class_gradient(dout, place, batch, group, groups, weights_ptr, P: tl.constex
         share = tl.load(weights_ptr + batch * groups + group)
     else:
         share = 1.0 / groups + 0.0 * group
-    scaled = (dout.to(tl.float32) * tl.where(place == 0, share, 1.0)[:, None]).to(dout.dtype)
-    return tl.where((place == 0)[:, None], scaled, dout)
+    weighted = (dout.to(tl.float32) * tl.where(place == 0, share, 1.0)[:, None]).to(dout.dtype)
+    return tl.where((place == 0)[:, None], weighted, dout)
+
+
+@triton.jit
+def scaled(s, scale, P: tl.constexpr):
+    """Scores in the unit of `power`'s exponents."""
+    if P.FULL:
+        return s * scale
+    else:
+        return s * (scale * LOG2E)
+
+
+@triton.jit
+def power(x, P: tl.constexpr):
+    """e ** x; to 16 bits 2 ** x, so that the factor log2(e) is part of the scale.
+
+    For float32 that would round it in proportion to a score, not to a score's distance from the maximum.
+    """
+    if P.FULL:
+        return tl.exp(x)
+    else:
+        return tl.exp2(x)
+
+
+@triton.jit
+def normalised(e, total, P: tl.constexpr):
+    """Exponentials [R, C] over the sums of their rows, [R, 1] or [1, C]."""
+    if P.FULL:
+        return e / total
+    else:
+        return e * (1.0 / total)
+
+
+@triton.jit
+def load_sums(ptr, index, keep):
+    """Maximum [R] of a row's scores and the sum of their exponentials, as `store_sums` left them.
+
+    A row that does not exist has probabilities exp2(-inf). The two are kept apart: at scores of 1e5 a float32 has no
+    room for the logarithm of the sum beside the maximum.
+    """
+    if keep is None:
+        top = tl.load(ptr + index * 2)
+        total = tl.load(ptr + index * 2 + 1)
+    else:
+        top = tl.load(ptr + index * 2, mask=keep, other=float("inf"))
+        total = tl.load(ptr + index * 2 + 1, mask=keep, other=1.0)
+    return top, total
+
+
+@triton.jit
+def store_sums(ptr, index, top, total, keep):
+    tl.store(ptr + index * 2, top, mask=keep)
+    tl.store(ptr + index * 2 + 1, total, mask=keep)
 
 
 @triton.jit
 def class_delta(delta, dout, place, cls_out_ptr, index, P: tl.constexpr):
-    """delta [R] = sum(o * dout) with the class row's own: the output holds the mean over the groups, cls_out this one's."""
+    """delta [R] = sum(o * dout) with the class row's own: o holds its mean over the groups, cls_out_ptr this group's."""
     d = tl.arange(0, P.BLOCK_D)
     own = tl.load(cls_out_ptr + index * P.D + d, mask=d < P.D, other=0.0)
     return tl.where(place == 0, tl.sum(own[None, :] * dout.to(tl.float32), 1), delta)

@@ -20,7 +20,7 @@ from .launch import launch
 # wider rows into tiles side by side.
 TILES = {
     "add_layer_norm_fwd": {32: (32, 4), 64: (16, 4), 128: (8, 4), 256: (4, 4), 512: (2, 4), 1024: (1, 4), 2048: (1, 8)},
-    "add_layer_norm_bwd": {32: (16, 4), 64: (8, 4), 128: (4, 4), 256: (4, 4), 512: (2, 4), 1024: (1, 4), 2048: (1, 8)},
+    "add_layer_norm_bwd": {32: (16, 4), 64: (8, 4), 128: (8, 4), 256: (4, 4), 512: (2, 4), 1024: (1, 4), 2048: (1, 8)},
     "bias_gelu_fwd": {32: (32, 4), 64: (32, 4), 128: (16, 4), 256: (8, 4), 512: (4, 4)},
     "bias_gelu_bwd": {32: (32, 4), 64: (16, 4), 128: (8, 4), 256: (4, 4), 512: (4, 4)},
 }
@@ -44,7 +44,7 @@ class Tile(NamedTuple):
 def tile(step: str, D: int, itemsize: int, *flags) -> Tile:
     """The configuration of a step for rows of D elements of `itemsize` bytes; flags are the kernel's own constants."""
     table, whole_rows = TILES[step], step.startswith("add_layer_norm")
-    least = max(256, -(-D // MAX_BLOCKS)) if whole_rows and D > 512 else D
+    least = max(min(D, 128), -(-D // MAX_BLOCKS)) if whole_rows else D
     width = next((width for width in table if width >= least), max(table))
     rows, warps = table[width]
     if itemsize == 4:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Kernels of the block's steps between matrix products: residual sum + LayerNorm, bias + GELU, each with its backward.
 
-A program holds whole rows, a tile [ROWS, BLOCK_D], so a row is read once and its statistics are two sums over
-registers. D is known at compile time: a model has few widths, and the tail of a row costs nothing where there is none.
-All arithmetic is float32, converted right after the load and right before the store.
+A program of LayerNorm holds ROWS whole rows as BLOCKS tiles [ROWS, BLOCK_D], so a row is read once and its statistics
+are two sums over registers; a block that lies within the row needs no mask. D is known at compile time: a model has few
+widths. All arithmetic is float32, converted right after the load and right before the store.
 
 Strides arrive divided by VEC, the elements in 16 bytes, and are multiplied again here: so the compiler knows that rows
 are aligned without specialising on the numbers. VEC is 1 where some row is not. WIDE counts rows in 64 bits.

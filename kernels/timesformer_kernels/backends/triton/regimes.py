@@ -4,7 +4,7 @@
 Two kinds of kernel. *Resident*: all members of a sequence on chip at once, short ones several to a tile. *Streaming*:
 keys and values pass by. A backward holds more than a forward, the gradients of the keys beside the keys: it streams
 earlier, and before that it no longer has room for all scores of a row. From there on the forward keeps for it what
-a row needs, its log-sum-exp.
+a row needs, its maximum and sum.
 
 Tile sizes, warps and stages are in `configs.json`, by architecture, dtype, head dimension and length;
 `scripts/tune_triton.py` makes it. Nothing is tuned at run time, so a call can be captured in a CUDA graph, and
@@ -46,6 +46,7 @@ class Plan(NamedTuple):
     SEQ_AXES: int
     VEC: int  # elements in the unit of all strides
     WIDE: bool  # offsets within a clip need 64 bits
+    FULL: bool  # float32
     UPCAST: bool  # the interpreter, with bfloat16
     PRECISION: str  # of float32 products, "ieee" or "tf32"
     STATS: bool  # the forward keeps what the backward needs
@@ -96,15 +97,16 @@ def stats_size(shape, dtype: torch.dtype, view: View):
 def stats_parts(shape, dtype: torch.dtype, view: View):
     """Sizes of the three parts of stats.
 
-    [B, H] log2-sum-exp2 of the class row where it has one softmax over all groups ("global"); then, where the backward
-    needs it, [B, H, G, M] that of every query, and [B, G, H, D] the class row's output in each group ("per_group").
+    [B, H, 2] maximum and sum of the exponentials of the class row where it has one softmax over all groups ("global");
+    then, where the backward needs them, [B, H, G, M, 2] those of every query, and [B, G, H, D] the class row's output
+    in each group ("per_group").
     """
     B, S, H, D = shape
     G, M = view.num_groups, members(view)
     saves = not resident("alone", M, dtype.itemsize, D)
     return (
-        B * H if view.cls == "global" else 0,
-        B * H * G * M if saves else 0,
+        B * H * 2 if view.cls == "global" else 0,
+        B * H * G * M * 2 if saves else 0,
         B * H * G * D if saves and view.cls == "per_group" else 0,
     )
 
@@ -131,7 +133,7 @@ def table() -> dict:
 
 
 def architecture(capability: tuple[int, int] | None) -> str:
-    """The name in the table for a compute capability; None, or one older or newer than all, is served by the nearest."""
+    """The name in the table for a compute capability; None, or one that is not there, is served by the nearest."""
     major = capability[0] if capability else 8
     return f"sm_{max((m for m in (8, 9, 10, 12) if m <= major), default=8)}x"
 

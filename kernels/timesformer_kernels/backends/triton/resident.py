@@ -18,9 +18,14 @@ from .device import (
     class_gradient,
     inner,
     load_rows,
+    load_sums,
+    normalised,
+    power,
     product,
+    scaled,
     store_parts,
     store_rows,
+    store_sums,
     store_zero_row,
     token_rows,
 )
@@ -29,7 +34,6 @@ INTEGERS = (
     *("qb", "qs", "qh", "kb", "ks", "kh", "vb", "vs", "vh", "ob", "os", "oh", "gb", "gs", "gh"),
     *("tokens", "heads", "groups", "tiles", "gn1", "gn2", "gs0", "gs1", "gs2", "ls0", "ls1", "ls2"),
 )
-LOG2E = tl.constexpr(1.4426950408889634)
 INFINITY = tl.constexpr(float("inf"))
 
 
@@ -104,16 +108,16 @@ def hide(x, other, group, place, start, SIZE: tl.constexpr, P: tl.constexpr):
 
 @triton.jit
 def scores(q, k, group, place, scale, P: tl.constexpr):
-    """q @ k^T times scale * log2(e) for every block of keys, -inf where unseen, and the maxima of the rows."""
+    """q @ k^T scaled, for every block of keys, -inf where unseen, and the maxima of the rows."""
     BLOCK_M: tl.constexpr = P.BLOCK_M
     top = tl.full([BLOCK_M], -INFINITY, tl.float32)
     out = ()
     for i in tl.static_range(len(P.BLOCKS)):
-        s = inner(q, k[i], P) * (scale * LOG2E)
+        s = scaled(inner(q, k[i], P), scale, P)
         s = hide(s, -INFINITY, group, place, P.STARTS[i], P.BLOCKS[i], P)
         top = tl.maximum(top, tl.max(s, 1))
         out = out + (s,)
-    if P.PACK > 1 and P.CLS == 1:  # its row sees nothing: exp2(-inf - 0) = 0, and no NaN for the others
+    if P.PACK > 1 and P.CLS == 1:  # its row sees nothing: exp(-inf - 0) = 0, and no NaN for the others
         top = tl.where(top > -INFINITY, top, 0.0)
     return out, top
 
@@ -127,7 +131,7 @@ def finite(x):
 @triton.jit
 def forward_tile(pointers, numbers, where, part, P: tl.constexpr):
     """One tile of resident_forward, or one sequence of it. Returns whether all was finite."""
-    q_ptr, k_ptr, v_ptr, o_ptr, cls_ptr, top_ptr, lse_ptr = pointers
+    q_ptr, k_ptr, v_ptr, o_ptr, cls_ptr, top_ptr, sums_ptr = pointers
     qs, ks, vs, batch, head, tile, heads, tiles, scale = numbers
     groups = where[0]
     k = load_blocks(k_ptr, ks, tile, where, part, P)
@@ -140,7 +144,7 @@ def forward_tile(pointers, numbers, where, part, P: tl.constexpr):
         total = top * 0
         acc = zero_block(P.BLOCK_M, P)
         for i in tl.static_range(len(P.BLOCKS)):
-            e = tl.exp2(s[i] - top[:, None])
+            e = power(s[i] - top[:, None], P)
             total += tl.sum(e, 1)
             acc += product(e, v[i], P)
         if P.PACK > 1:
@@ -156,14 +160,14 @@ def forward_tile(pointers, numbers, where, part, P: tl.constexpr):
                 tl.store(top_ptr + index + tl.num_programs(0) // tiles * groups, total, mask=first)
             store_parts(cls_ptr, index, out, first, P)
         if P.STATS:
-            at = lse_ptr + ((batch * heads + head) * groups + group) * P.M + place
-            tl.store(at, top + tl.log2(total), mask=exists)
+            index = ((batch * heads + head) * groups + group) * P.M + place
+            store_sums(sums_ptr, index, top, total, exists)
     return fine
 
 
 @triton.jit(do_not_specialize=INTEGERS[:9] + INTEGERS[15:])
 def resident_forward(
-    q_ptr, k_ptr, v_ptr, o_ptr, cls_ptr, top_ptr, lse_ptr,
+    q_ptr, k_ptr, v_ptr, o_ptr, cls_ptr, top_ptr, sums_ptr,
     qb, qs, qh, kb, ks, kh, vb, vs, vh,
     tokens, heads, groups, tiles, gn1, gn2, gs0, gs1, gs2, ls0, ls1, ls2, scale,
     P: tl.constexpr,
@@ -171,7 +175,7 @@ def resident_forward(
     """o [B, S, H, D] for one head of a tile of sequences. Grid (batch * tiles * heads,), heads fastest.
 
     cls_ptr [B, G, H, D] float32: the class row's output in each group, for P.CLS == 3 not yet divided by its sum;
-    top_ptr [2, B, G, H]: that row's maximum and sum, then. lse_ptr [B, H, G, M]: log2-sum-exp2, if P.STATS.
+    top_ptr [2, B, G, H]: that row's maximum and sum, then. sums_ptr [B, H, G, M, 2]: those of every row, if P.STATS.
     """
     pid = tl.program_id(0)
     head = (pid % heads).to(tl.int64)
@@ -185,7 +189,7 @@ def resident_forward(
     if P.FIRST == 1 and P.CLS < 2:
         if tile == 0:
             store_zero_row(o_ptr, P)
-    pointers = (q_ptr, k_ptr, v_ptr, o_ptr, cls_ptr, top_ptr, lse_ptr)
+    pointers = (q_ptr, k_ptr, v_ptr, o_ptr, cls_ptr, top_ptr, sums_ptr)
     numbers = (qs, ks, vs, batch, head, tile, heads, tiles, scale)
     if P.PACK == 1:
         forward_tile(pointers, numbers, where, -1, P)
@@ -211,26 +215,34 @@ def store_gradient(
 
 
 @triton.jit
-def row_sums(q, do, k, v, group, place, scale, P: tl.constexpr):
-    """Of every row: maximum and sum of its exponentials, sum of p * dp; and all scores and dp = do @ v^T."""
+def probabilities(q, do, k, v, group, place, scale, cls_top, cls_total, P: tl.constexpr):
+    """p and dp = do @ v^T of a tile of queries for every block of keys, and delta = sum(p * dp) of each row."""
     s, top = scores(q, k, group, place, scale, P)
+    if P.CLS == 3:
+        top = tl.where(place == 0, cls_top, top)
     total = top * 0
+    e = ()
+    for i in tl.static_range(len(P.BLOCKS)):
+        x = power(s[i] - top[:, None], P)
+        total += tl.sum(x, 1)
+        e = e + (x,)
+    if P.CLS == 3:
+        total = tl.where(place == 0, cls_total, total)
     delta = top * 0
+    p = ()
     dp = ()
     for i in tl.static_range(len(P.BLOCKS)):
-        e = tl.exp2(s[i] - top[:, None])
-        x = inner(do, v[i], P)
-        if P.PACK > 1:  # what is discarded may not be finite
-            x = hide(x, 0.0, group, place, P.STARTS[i], P.BLOCKS[i], P)
-        total += tl.sum(e, 1)
-        delta += tl.sum(hide_packed(e * x, group, place, P.STARTS[i], P.BLOCKS[i], P), 1)
-        dp = dp + (x,)
-    return s, dp, top, total, delta / total
+        x = hide_packed(normalised(e[i], total[:, None], P), group, place, P.STARTS[i], P.BLOCKS[i], P)
+        y = hide_packed(inner(do, v[i], P), group, place, P.STARTS[i], P.BLOCKS[i], P)
+        delta += tl.sum(x * y, 1)
+        p = p + (x,)
+        dp = dp + (y,)
+    return p, dp, delta
 
 
 @triton.jit
 def hide_packed(x, group, place, start, SIZE: tl.constexpr, P: tl.constexpr):
-    """Zero where a packed tile holds two sequences' product: a row's NaN must not reach the other's gradient."""
+    """Zero where two sequences of a packed tile meet: what is there may not be finite, and reaches a gradient."""
     if P.PACK > 1:
         x = hide(x, 0.0, group, place, start, SIZE, P)
     return x
@@ -240,7 +252,7 @@ def hide_packed(x, group, place, start, SIZE: tl.constexpr, P: tl.constexpr):
 def backward_tile(pointers, numbers, where, part, P: tl.constexpr):
     """One tile of resident_backward, or one sequence of it. Returns whether all was finite."""
     q_ptr, k_ptr, v_ptr, do_ptr, _, dq_ptr, dk_ptr, dv_ptr, _, cls_ptr, weights_ptr, _ = pointers
-    qs, ks, vs, os, gs, batch, head, tile, heads, scale, cls_lse, cls_delta = numbers
+    qs, ks, vs, os, gs, batch, head, tile, heads, scale, cls_top, cls_total, cls_delta = numbers
     groups = where[0]
     k = load_blocks(k_ptr, ks, tile, where, part, P)
     v = load_blocks(v_ptr, vs, tile, where, part, P)
@@ -255,9 +267,8 @@ def backward_tile(pointers, numbers, where, part, P: tl.constexpr):
         do = load_rows(do_ptr, row, os, exists, P)
         if P.CLS == 2:
             do = class_gradient(do, place, batch, group, groups, weights_ptr, P)
-        s, dp, top, total, delta = row_sums(q, do, k, v, group, place, scale, P)
+        p, dp, delta = probabilities(q, do, k, v, group, place, scale, cls_top, cls_total, P)
         if P.CLS == 3:
-            top = tl.where(place == 0, cls_lse, top)
             delta = tl.where(place == 0, cls_delta, delta)
         dq = zero_block(P.BLOCK_M, P)
         dk_before = dk
@@ -265,17 +276,11 @@ def backward_tile(pointers, numbers, where, part, P: tl.constexpr):
         dk = ()
         dv = ()
         for i in tl.static_range(len(P.BLOCKS)):
-            p = tl.exp2(s[i] - top[:, None])
-            if P.CLS == 3:
-                p = p / tl.where(place == 0, 1.0, total)[:, None]
-            else:
-                p = p / total[:, None]
-            p = hide_packed(p, group, place, P.STARTS[i], P.BLOCKS[i], P)
-            ds = p * (dp[i] - delta[:, None]) * scale
+            ds = p[i] * (dp[i] - delta[:, None]) * scale
             ds = hide_packed(ds, group, place, P.STARTS[i], P.BLOCKS[i], P)
             dq += product(ds, k[i], P)
             dk_now = dk_before[i] + product(tl.trans(ds), q, P)
-            dv_now = dv_before[i] + product(tl.trans(p), do, P)
+            dv_now = dv_before[i] + product(tl.trans(p[i]), do, P)
             if P.PACK > 1:
                 fine = finite(dq + dk_now + dv_now)
             dk = dk + (dk_now,)
@@ -294,8 +299,8 @@ def backward_tile(pointers, numbers, where, part, P: tl.constexpr):
 @triton.jit
 def backward_tile_saved(pointers, numbers, where, P: tl.constexpr):
     """The tile of a sequence whose rows' sums the forward has saved: done with one block of keys at a time."""
-    q_ptr, k_ptr, v_ptr, do_ptr, o_ptr, dq_ptr, dk_ptr, dv_ptr, cls_out_ptr, cls_ptr, weights_ptr, lse_ptr = pointers
-    qs, ks, vs, os, gs, batch, head, tile, heads, scale, cls_lse, cls_delta = numbers
+    q_ptr, k_ptr, v_ptr, do_ptr, o_ptr, dq_ptr, dk_ptr, dv_ptr, cls_out_ptr, cls_ptr, weights_ptr, sums_ptr = pointers
+    qs, ks, vs, os, gs, batch, head, tile, heads, scale, cls_top, cls_total, cls_delta = numbers
     groups = where[0]
     k = load_blocks(k_ptr, ks, tile, where, -1, P)
     v = load_blocks(v_ptr, vs, tile, where, -1, P)
@@ -311,9 +316,10 @@ def backward_tile_saved(pointers, numbers, where, P: tl.constexpr):
         if P.CLS == 2:
             delta = class_delta(delta, do, place, cls_out_ptr, (batch * groups + tile) * heads + head, P)
         index = ((batch * heads + head) * groups + group) * P.M + place
-        lse = tl.load(lse_ptr + index, mask=exists, other=INFINITY)  # what does not exist counts exp2(-inf)
+        top, total = load_sums(sums_ptr, index, exists)
         if P.CLS == 3:
-            lse = tl.where(place == 0, cls_lse, lse)
+            top = tl.where(place == 0, cls_top, top)
+            total = tl.where(place == 0, cls_total, total)
             delta = tl.where(place == 0, cls_delta, delta)
         q = load_rows(q_ptr, row, qs, None, P)
         dq = zero_block(P.BLOCK_M, P)
@@ -322,8 +328,9 @@ def backward_tile_saved(pointers, numbers, where, P: tl.constexpr):
         dk = ()
         dv = ()
         for i in tl.static_range(len(P.BLOCKS)):
-            s = inner(q, k[i], P) * (scale * LOG2E)
-            p = tl.exp2(hide(s, -INFINITY, group, place, P.STARTS[i], P.BLOCKS[i], P) - lse[:, None])
+            s = scaled(inner(q, k[i], P), scale, P)
+            s = hide(s, -INFINITY, group, place, P.STARTS[i], P.BLOCKS[i], P)
+            p = normalised(power(s - top[:, None], P), total[:, None], P)
             dv = dv + (dv_before[i] + product(tl.trans(p), do, P),)
             ds = p * (inner(do, v[i], P) - delta[:, None]) * scale
             dk = dk + (dk_before[i] + product(tl.trans(ds), q, P),)
@@ -340,7 +347,8 @@ def backward_tile_saved(pointers, numbers, where, P: tl.constexpr):
 
 @triton.jit(do_not_specialize=INTEGERS)
 def resident_backward(
-    q_ptr, k_ptr, v_ptr, do_ptr, o_ptr, dq_ptr, dk_ptr, dv_ptr, cls_out_ptr, cls_ptr, weights_ptr, cls_lse_ptr, lse_ptr,
+    q_ptr, k_ptr, v_ptr, do_ptr, o_ptr, dq_ptr, dk_ptr, dv_ptr,
+    cls_out_ptr, cls_ptr, weights_ptr, cls_sums_ptr, sums_ptr,
     qb, qs, qh, kb, ks, kh, vb, vs, vh, ob, os, oh, gb, gs, gh,
     tokens, heads, groups, tiles, gn1, gn2, gs0, gs1, gs2, ls0, ls1, ls2, scale,
     P: tl.constexpr,
@@ -348,9 +356,10 @@ def resident_backward(
     """dq, dk, dv of one head of a tile of sequences. Grid as in the forward.
 
     cls_ptr [B, G, H, 3, D] float32: what each group has of the class row's three gradients. weights_ptr [B, G]: what
-    a group counts for in the class row's output, if P.WEIGHTS. cls_lse_ptr [B, H]: P.CLS == 3, log2-sum-exp2 of that
-    row's one softmax. If P.SAVED, o_ptr, lse_ptr [B, H, G, M] and for P.CLS == 2 cls_out_ptr [B, G, H, D]: what the
-    forward left, so that a block of keys is done with at a time. Without it q, k, v and do are enough.
+    a group counts for in the class row's output, if P.WEIGHTS. cls_sums_ptr [B, H, 2]: for P.CLS == 3, maximum and sum
+    of that row's one softmax. If P.SAVED, o_ptr, sums_ptr [B, H, G, M, 2] and for P.CLS == 2 cls_out_ptr
+    [B, G, H, D]: what the forward left, so that a block of keys is done with at a time. Without it q, k, v and do are
+    enough.
     """
     pid = tl.program_id(0)
     head = (pid % heads).to(tl.int64)
@@ -371,15 +380,16 @@ def resident_backward(
             store_zero_row(dq_ptr, P)
             store_zero_row(dk_ptr, P)
             store_zero_row(dv_ptr, P)
-    cls_lse = 0.0
+    cls_top = 0.0
+    cls_total = 1.0
     cls_delta = 0.0
     if P.CLS == 3:
-        cls_lse = tl.load(cls_lse_ptr + batch * heads + head)
-        d = tl.arange(0, P.BLOCK_D)
-        out = tl.load(o_ptr + d, mask=d < P.D, other=0.0)
-        cls_delta = tl.sum(out.to(tl.float32) * tl.load(do_ptr + d, mask=d < P.D, other=0.0).to(tl.float32), 0)
-    pointers = (q_ptr, k_ptr, v_ptr, do_ptr, o_ptr, dq_ptr, dk_ptr, dv_ptr, cls_out_ptr, cls_ptr, weights_ptr, lse_ptr)
-    numbers = (qs, ks, vs, os, gs, batch, head, tile, heads, scale, cls_lse, cls_delta)
+        cls_top, cls_total = load_sums(cls_sums_ptr, batch * heads + head, None)
+        row = tl.arange(0, 16) * 0  # a product, as dp is one: where one key has all the weight the two are equal
+        dots = inner(load_rows(do_ptr, row, os, None, P), load_rows(o_ptr, row, 0, None, P), P)
+        cls_delta = tl.max(tl.max(dots, 1), 0)
+    pointers = (q_ptr, k_ptr, v_ptr, do_ptr, o_ptr, dq_ptr, dk_ptr, dv_ptr, cls_out_ptr, cls_ptr, weights_ptr, sums_ptr)
+    numbers = (qs, ks, vs, os, gs, batch, head, tile, heads, scale, cls_top, cls_total, cls_delta)
     if P.SAVED:
         backward_tile_saved(pointers, numbers, where, P)
     elif P.PACK == 1:

@@ -14,9 +14,14 @@ from .device import (
     class_gradient,
     inner,
     load_rows,
+    load_sums,
+    normalised,
+    power,
     product,
+    scaled,
     store_parts,
     store_rows,
+    store_sums,
     store_zero_row,
     token_rows,
 )
@@ -26,7 +31,6 @@ INTEGERS = (
     *("tokens", "heads", "members", "tiles", "groups", "gn1", "gn2", "gs0", "gs1", "gs2"),
     *("ln1", "ln2", "ls0", "ls1", "ls2"),
 )
-LOG2E = tl.constexpr(1.4426950408889634)
 INFINITY = tl.constexpr(float("inf"))
 
 
@@ -54,14 +58,14 @@ def attend(
         key = n0 + tl.arange(0, P.BLOCK_N)
         row, exists = place_rows(key, members, group, where, P)
         k = load_rows(k_ptr, row, ks, exists if TAIL else None, P)
-        s = inner(q, k, P) * (scale * LOG2E)
+        s = scaled(inner(q, k, P), scale, P)
         if TAIL:
             s = tl.where(exists[None, :], s, -INFINITY)
         s = seen(s, -INFINITY, place[:, None], key[None, :], group, P)
         higher = tl.maximum(top, tl.max(s, 1))
         base = tl.where(higher > -INFINITY, higher, 0.0)  # -inf so far is no NaN yet
-        e = tl.exp2(s - base[:, None])
-        kept = tl.exp2(top - base)
+        e = power(s - base[:, None], P)
+        kept = power(top - base, P)
         total = total * kept + tl.sum(e, 1)
         v = load_rows(v_ptr, row, vs, exists if TAIL else None, P)
         acc = acc * kept[:, None] + product(e, v, P)
@@ -71,7 +75,7 @@ def attend(
 
 @triton.jit(do_not_specialize=INTEGERS[:9] + INTEGERS[15:])
 def streaming_forward(
-    q_ptr, k_ptr, v_ptr, o_ptr, cls_ptr, top_ptr, lse_ptr,
+    q_ptr, k_ptr, v_ptr, o_ptr, cls_ptr, top_ptr, sums_ptr,
     qb, qs, qh, kb, ks, kh, vb, vs, vh,
     tokens, heads, members, tiles, groups, gn1, gn2, gs0, gs1, gs2, ln1, ln2, ls0, ls1, ls2, scale,
     P: tl.constexpr,
@@ -115,14 +119,12 @@ def streaming_forward(
             tl.store(top_ptr + index + (tl.num_programs(0) // tiles).to(tl.int64), total, mask=first)
         store_parts(cls_ptr, index, out, first, P)
     if P.STATS:
-        tl.store(
-            lse_ptr + ((batch * heads + head) * groups + group) * members + place, top + tl.log2(total), mask=exists
-        )
+        store_sums(sums_ptr, ((batch * heads + head) * groups + group) * members + place, top, total, exists)
 
 
 @triton.jit
 def query_gradient(
-    dq, q, do, lse, delta, place, k_ptr, v_ptr, ks, vs, start, stop, members, group, where, scale,
+    dq, q, do, top, total, delta, place, k_ptr, v_ptr, ks, vs, start, stop, members, group, where, scale,
     TAIL: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
     """dq of a tile of queries over the keys from start to stop. TAIL: some of them may not exist."""
@@ -131,7 +133,8 @@ def query_gradient(
         row, exists = place_rows(key, members, group, where, P)
         k = load_rows(k_ptr, row, ks, exists if TAIL else None, P)
         v = load_rows(v_ptr, row, vs, exists if TAIL else None, P)
-        p = tl.exp2(inner(q, k, P) * (scale * LOG2E) - lse[:, None])
+        p = power(scaled(inner(q, k, P), scale, P) - top[:, None], P)
+        p = normalised(p, total[:, None], P)
         if TAIL:
             p = tl.where(exists[None, :], p, 0.0)
         p = seen(p, 0.0, place[:, None], key[None, :], group, P)
@@ -140,17 +143,40 @@ def query_gradient(
     return dq
 
 
+@triton.jit
+def query_delta(
+    delta, q, do, top, total, place, k_ptr, v_ptr, ks, vs, members, group, where, scale, P: tl.constexpr
+):  # fmt: skip
+    """sum(p * dp) of each row, in the arithmetic of dp. sum(o * do), `delta`, is the same in real numbers only.
+
+    Where one key has all the weight, dp - delta is then exactly zero, and not one rounding error times a huge key. It
+    costs a pass over the keys; to 16 bits o is rounded more than that.
+    """
+    own = delta * 0
+    for n0 in range(0, members, P.BLOCK_N):
+        key = n0 + tl.arange(0, P.BLOCK_N)
+        row, exists = place_rows(key, members, group, where, P)
+        k = load_rows(k_ptr, row, ks, exists, P)
+        v = load_rows(v_ptr, row, vs, exists, P)
+        p = power(scaled(inner(q, k, P), scale, P) - top[:, None], P)
+        own += tl.sum(tl.where(exists[None, :], p, 0.0) * inner(do, v, P), 1)
+    own = own / total
+    if P.CLS == 3:  # the class row's sum runs over all groups
+        own = tl.where(place == 0, delta, own)
+    return own
+
+
 @triton.jit(do_not_specialize=INTEGERS)
 def streaming_backward_q(
-    q_ptr, k_ptr, v_ptr, do_ptr, o_ptr, dq_ptr, cls_out_ptr, cls_ptr, weights_ptr, cls_lse_ptr, lse_ptr, delta_ptr,
+    q_ptr, k_ptr, v_ptr, do_ptr, o_ptr, dq_ptr, cls_out_ptr, cls_ptr, weights_ptr, cls_sums_ptr, sums_ptr, delta_ptr,
     qb, qs, qh, kb, ks, kh, vb, vs, vh, ob, os, oh, gb, gs, gh,
     tokens, heads, members, tiles, groups, gn1, gn2, gs0, gs1, gs2, ln1, ln2, ls0, ls1, ls2, scale,
     P: tl.constexpr,
 ):  # fmt: skip
     """dq for a tile of queries, and delta = sum(o * do) of each, [B, H, G, M], for the kernel that follows.
 
-    o_ptr, lse_ptr [B, H, G, M]: what the forward left. cls_out_ptr [B, G, H, D] float32: the class row's output in each
-    group (P.CLS == 2). cls_lse_ptr [B, H] (P.CLS == 3). cls_ptr [B, G, H, 3, D] float32 takes its gradient.
+    o_ptr, sums_ptr [B, H, G, M, 2]: what the forward left. cls_out_ptr [B, G, H, D] float32: the class row's output in
+    each group (P.CLS == 2). cls_sums_ptr [B, H, 2] (P.CLS == 3). cls_ptr [B, G, H, 3, D] float32 takes its gradient.
     """
     pid = tl.program_id(0)
     tile = pid % tiles
@@ -171,7 +197,7 @@ def streaming_backward_q(
     q = load_rows(q_ptr + (batch * qb + head * qh) * P.VEC, row, qs, None, P)
     do = load_rows(do_ptr, row, os, exists, P)
     at = ((batch * heads + head) * groups + group) * members + place
-    lse = tl.load(lse_ptr + at, mask=exists, other=INFINITY)
+    top, total = load_sums(sums_ptr, at, exists)
     if P.CLS == 2:
         do = class_gradient(do, place, batch, group + place * 0, groups, weights_ptr, P)
     out = load_rows(o_ptr, row, heads * (P.D // P.VEC), exists, P)
@@ -179,17 +205,21 @@ def streaming_backward_q(
     if P.CLS == 2:
         delta = class_delta(delta, do, place, cls_out_ptr, (batch * groups + group) * heads + head, P)
     if P.CLS == 3:
-        lse = tl.where(place == 0, tl.load(cls_lse_ptr + batch * heads + head), lse)
+        cls_top, cls_total = load_sums(cls_sums_ptr, batch * heads + head, None)
+        top = tl.where(place == 0, cls_top, top)
+        total = tl.where(place == 0, cls_total, total)
+    if P.FULL:
+        delta = query_delta(delta, q, do, top, total, place, k_ptr, v_ptr, ks, vs, members, group, where, scale, P)
     tl.store(delta_ptr + at, delta, mask=exists)
     BLOCK_M: tl.constexpr = P.BLOCK_M
     BLOCK_D: tl.constexpr = P.BLOCK_D
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     whole = members // P.BLOCK_N * P.BLOCK_N
     dq = query_gradient(
-        dq, q, do, lse, delta, place, k_ptr, v_ptr, ks, vs, 0, whole, members, group, where, scale, False, P
+        dq, q, do, top, total, delta, place, k_ptr, v_ptr, ks, vs, 0, whole, members, group, where, scale, False, P
     )
     dq = query_gradient(
-        dq, q, do, lse, delta, place, k_ptr, v_ptr, ks, vs, whole, members, members, group, where, scale, True, P
+        dq, q, do, top, total, delta, place, k_ptr, v_ptr, ks, vs, whole, members, members, group, where, scale, True, P
     )
     store_rows(dq_ptr, row, gs, dq, exists & (place >= (P.CLS > 0)), P)
     if P.CLS >= 2:
@@ -198,7 +228,7 @@ def streaming_backward_q(
 
 @triton.jit(do_not_specialize=INTEGERS)
 def streaming_backward_kv(
-    q_ptr, k_ptr, v_ptr, do_ptr, dk_ptr, dv_ptr, cls_ptr, weights_ptr, cls_lse_ptr, lse_ptr, delta_ptr,
+    q_ptr, k_ptr, v_ptr, do_ptr, dk_ptr, dv_ptr, cls_ptr, weights_ptr, cls_sums_ptr, sums_ptr, delta_ptr,
     qb, qs, qh, kb, ks, kh, vb, vs, vh, ob, os, oh, gb, gs, gh,
     tokens, heads, members, tiles, groups, gn1, gn2, gs0, gs1, gs2, ln1, ln2, ls0, ls1, ls2, scale,
     P: tl.constexpr,
@@ -225,7 +255,7 @@ def streaming_backward_kv(
     k = load_rows(k_ptr, key_row, ks, key_exists, P)
     v = load_rows(v_ptr, key_row, vs, key_exists, P)
     if P.CLS == 3:
-        cls_lse = tl.load(cls_lse_ptr + batch * heads + head)
+        cls_top, cls_total = load_sums(cls_sums_ptr, batch * heads + head, None)
     BLOCK_N: tl.constexpr = P.BLOCK_N
     BLOCK_D: tl.constexpr = P.BLOCK_D
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
@@ -238,16 +268,18 @@ def streaming_backward_kv(
         do = load_rows(do_ptr, row, os, exists, P)
         if P.CLS == 2:
             do = class_gradient(do, place, batch, group + place * 0, groups, weights_ptr, P)
-        lse = tl.load(lse_ptr + stats + place, mask=exists, other=INFINITY)  # what does not exist counts exp2(-inf)
+        top, total = load_sums(sums_ptr, stats + place, exists)
         delta = tl.load(delta_ptr + stats + place, mask=exists, other=0.0)
         if P.CLS == 3:
-            lse = tl.where(place == 0, cls_lse, lse)
-        if P.PRECISION == "ieee" and k.dtype == tl.float32 and P.BLOCK_D > 64:
+            top = tl.where(place == 0, cls_top, top)
+            total = tl.where(place == 0, cls_total, total)
+        if P.PRECISION == "ieee" and P.FULL and P.BLOCK_D > 64:
             # Registers cannot hold wide rows of both as true float32 products want them: fetched from the cache again.
             # The mask says nothing new, but that it changes with m0: else the compiler moves all this before the loop.
             k = load_rows(k_ptr, key_row, ks, key_exists & (m0 < members), P)
             v = load_rows(v_ptr, key_row, vs, key_exists & (m0 < members), P)
-        p = tl.exp2(inner(k, q, P) * (scale * LOG2E) - lse[None, :])  # [keys, queries]
+        p = power(scaled(inner(k, q, P), scale, P) - top[None, :], P)  # [keys, queries]
+        p = normalised(p, total[None, :], P)
         p = seen(p, 0.0, place[None, :], key[:, None], group, P)
         dv += product(p, do, P)
         ds = p * (inner(v, do, P) - delta[None, :]) * scale
