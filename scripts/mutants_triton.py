@@ -178,10 +178,10 @@ MUTANTS = [
         LENGTHS,
     ),
     Mutant(
-        "Triton: log-sum-exp without the maximum",
+        "Triton: saved maximum of another row",
         RESIDENT,
-        "tl.store(at, top + tl.log2(total), mask=exists)",
-        "tl.store(at, tl.log2(total), mask=exists)",
+        "store_sums(sums_ptr, index, top, total, exists)",
+        "store_sums(sums_ptr, index, top * 0 + tl.max(top, 0), total, exists)",
         LENGTHS,
     ),
     # The class row

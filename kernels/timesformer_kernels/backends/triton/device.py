@@ -187,7 +187,7 @@ def store_sums(ptr, index, top, total, keep):
 
 @triton.jit
 def class_delta(delta, dout, place, cls_out_ptr, index, P: tl.constexpr):
-    """delta [R] = sum(o * dout) with the class row's own: o holds its mean over the groups, cls_out_ptr this group's."""
+    """delta [R] = sum(o * dout) with the class row's own: o holds a mean over the groups, cls_out_ptr the group's."""
     d = tl.arange(0, P.BLOCK_D)
     own = tl.load(cls_out_ptr + index * P.D + d, mask=d < P.D, other=0.0)
     return tl.where(place == 0, tl.sum(own[None, :] * dout.to(tl.float32), 1), delta)
