@@ -191,15 +191,15 @@ MUTANTS = [
     Mutant(
         "Triton: class weights ignored in the backward",
         DEVICE,
-        "        share = tl.load(weights_ptr + batch * groups + group)",
-        "        share = 1.0 / groups + 0.0 * group",
+        "        return tl.load(weights_ptr + batch * groups + group)",
+        "        return 1.0 / groups + 0.0 * group",
         CLASS_ROW,
     ),
     Mutant(
         "Triton: class row's own delta missing",
-        DEVICE,
-        "return tl.where(place == 0, tl.sum(own[None, :] * dout.to(tl.float32), 1), delta)",
-        "return delta",
+        STREAMING,
+        "        delta = tl.where(place == 0, own, delta)",
+        "        delta = delta * 1.0",
         CLASS_ROW,
     ),
     Mutant(

@@ -123,12 +123,18 @@ def inner(a, b, P: tl.constexpr):
 
 
 @triton.jit
-def class_gradient(dout, place, batch, group, groups, weights_ptr, P: tl.constexpr):
-    """dout [R, D] with the rows of the class query scaled by what their group counts for in the output."""
+def class_share(batch, group, groups, weights_ptr, P: tl.constexpr):
+    """What a group counts for in the class row's output."""
     if P.WEIGHTS:
-        share = tl.load(weights_ptr + batch * groups + group)
+        return tl.load(weights_ptr + batch * groups + group)
     else:
-        share = 1.0 / groups + 0.0 * group
+        return 1.0 / groups + 0.0 * group
+
+
+@triton.jit
+def class_gradient(dout, place, batch, group, groups, weights_ptr, P: tl.constexpr):
+    """dout [R, D] with the rows of the class query scaled by what their group counts for."""
+    share = class_share(batch, group, groups, weights_ptr, P)
     weighted = (dout.to(tl.float32) * tl.where(place == 0, share, 1.0)[:, None]).to(dout.dtype)
     return tl.where((place == 0)[:, None], weighted, dout)
 
@@ -164,11 +170,11 @@ def normalised(e, total, P: tl.constexpr):
 
 
 @triton.jit
-def load_sums(ptr, index, keep):
-    """Maximum [R] of a row's scores and the sum of their exponentials, as `store_sums` left them.
+def load_sums(ptr, index, keep, P: tl.constexpr):
+    """What turns a score of row index[R] into a probability: power(score - top) / total, the second for float32 alone.
 
-    A row that does not exist has probabilities exp2(-inf). The two are kept apart: at scores of 1e5 a float32 has no
-    room for the logarithm of the sum beside the maximum.
+    At scores of 1e5 a float32 has no room for the logarithm of the sum beside the maximum. To 16 bits scores are not that
+    exact, and one number is enough. A row that does not exist has probabilities power(-inf).
     """
     if keep is None:
         top = tl.load(ptr + index * 2)
@@ -176,6 +182,8 @@ def load_sums(ptr, index, keep):
     else:
         top = tl.load(ptr + index * 2, mask=keep, other=float("inf"))
         total = tl.load(ptr + index * 2 + 1, mask=keep, other=1.0)
+    if not P.FULL:
+        top += tl.log2(total)
     return top, total
 
 
@@ -186,8 +194,10 @@ def store_sums(ptr, index, top, total, keep):
 
 
 @triton.jit
-def class_delta(delta, dout, place, cls_out_ptr, index, P: tl.constexpr):
-    """delta [R] = sum(o * dout) with the class row's own: o holds a mean over the groups, cls_out_ptr the group's."""
+def class_delta(do_ptr, cls_out_ptr, index, batch, group, groups, weights_ptr, P: tl.constexpr):
+    """sum(o * dout) of the class row in one group: o holds a mean over the groups, row `index` of cls_out its own."""
+    row = tl.arange(0, 16) * 0  # sixteen times the same, so that a thread loads 16 bytes
     d = tl.arange(0, P.BLOCK_D)
-    own = tl.load(cls_out_ptr + index * P.D + d, mask=d < P.D, other=0.0)
-    return tl.where(place == 0, tl.sum(own[None, :] * dout.to(tl.float32), 1), delta)
+    own = tl.load(cls_out_ptr + index * P.D + row[:, None] + d[None, :], mask=(d < P.D)[None, :], other=0.0)
+    dout = load_rows(do_ptr, row, 0, None, P)
+    return tl.max(tl.sum(own * dout.to(tl.float32), 1), 0) * class_share(batch, group, groups, weights_ptr, P)

@@ -227,7 +227,7 @@ def probabilities(q, do, k, v, group, place, scale, cls_top, cls_total, P: tl.co
         total += tl.sum(x, 1)
         e = e + (x,)
     if P.CLS == 3:
-        total = tl.where(place == 0, cls_total, total)
+        total = tl.where(place == 0, cls_total if P.FULL else 1.0, total)
     delta = top * 0
     p = ()
     dp = ()
@@ -313,14 +313,13 @@ def backward_tile_saved(pointers, numbers, where, P: tl.constexpr):
             do = class_gradient(do, place, batch, group, groups, weights_ptr, P)
         out = load_rows(o_ptr, row, heads * (P.D // P.VEC), exists, P)
         delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1)
-        if P.CLS == 2:
-            delta = class_delta(delta, do, place, cls_out_ptr, (batch * groups + tile) * heads + head, P)
+        if P.CLS >= 2:
+            delta = tl.where(place == 0, cls_delta, delta)
         index = ((batch * heads + head) * groups + group) * P.M + place
-        top, total = load_sums(sums_ptr, index, exists)
+        top, total = load_sums(sums_ptr, index, exists, P)
         if P.CLS == 3:
             top = tl.where(place == 0, cls_top, top)
             total = tl.where(place == 0, cls_total, total)
-            delta = tl.where(place == 0, cls_delta, delta)
         q = load_rows(q_ptr, row, qs, None, P)
         dq = zero_block(P.BLOCK_M, P)
         dk_before = dk
@@ -330,7 +329,9 @@ def backward_tile_saved(pointers, numbers, where, P: tl.constexpr):
         for i in tl.static_range(len(P.BLOCKS)):
             s = scaled(inner(q, k[i], P), scale, P)
             s = hide(s, -INFINITY, group, place, P.STARTS[i], P.BLOCKS[i], P)
-            p = normalised(power(s - top[:, None], P), total[:, None], P)
+            p = power(s - top[:, None], P)
+            if P.FULL:
+                p = p / total[:, None]
             dv = dv + (dv_before[i] + product(tl.trans(p), do, P),)
             ds = p * (inner(do, v[i], P) - delta[:, None]) * scale
             dk = dk + (dk_before[i] + product(tl.trans(ds), q, P),)
@@ -384,10 +385,13 @@ def resident_backward(
     cls_total = 1.0
     cls_delta = 0.0
     if P.CLS == 3:
-        cls_top, cls_total = load_sums(cls_sums_ptr, batch * heads + head, None)
+        cls_top, cls_total = load_sums(cls_sums_ptr, batch * heads + head, None, P)
         row = tl.arange(0, 16) * 0  # a product, as dp is one: where one key has all the weight the two are equal
         dots = inner(load_rows(do_ptr, row, os, None, P), load_rows(o_ptr, row, 0, None, P), P)
         cls_delta = tl.max(tl.max(dots, 1), 0)
+    if P.CLS == 2 and P.SAVED:  # a tile is a group
+        index = (batch * groups + tile) * heads + head
+        cls_delta = class_delta(do_ptr, cls_out_ptr, index, batch, tile, groups, weights_ptr, P)
     pointers = (q_ptr, k_ptr, v_ptr, do_ptr, o_ptr, dq_ptr, dk_ptr, dv_ptr, cls_out_ptr, cls_ptr, weights_ptr, sums_ptr)
     numbers = (qs, ks, vs, os, gs, batch, head, tile, heads, scale, cls_top, cls_total, cls_delta)
     if P.SAVED:

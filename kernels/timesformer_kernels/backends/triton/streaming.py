@@ -15,7 +15,6 @@ from .device import (
     inner,
     load_rows,
     load_sums,
-    normalised,
     power,
     product,
     scaled,
@@ -134,7 +133,8 @@ def query_gradient(
         k = load_rows(k_ptr, row, ks, exists if TAIL else None, P)
         v = load_rows(v_ptr, row, vs, exists if TAIL else None, P)
         p = power(scaled(inner(q, k, P), scale, P) - top[:, None], P)
-        p = normalised(p, total[:, None], P)
+        if P.FULL:
+            p = p / total[:, None]
         if TAIL:
             p = tl.where(exists[None, :], p, 0.0)
         p = seen(p, 0.0, place[:, None], key[None, :], group, P)
@@ -197,15 +197,17 @@ def streaming_backward_q(
     q = load_rows(q_ptr + (batch * qb + head * qh) * P.VEC, row, qs, None, P)
     do = load_rows(do_ptr, row, os, exists, P)
     at = ((batch * heads + head) * groups + group) * members + place
-    top, total = load_sums(sums_ptr, at, exists)
+    top, total = load_sums(sums_ptr, at, exists, P)
     if P.CLS == 2:
         do = class_gradient(do, place, batch, group + place * 0, groups, weights_ptr, P)
     out = load_rows(o_ptr, row, heads * (P.D // P.VEC), exists, P)
     delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1)
     if P.CLS == 2:
-        delta = class_delta(delta, do, place, cls_out_ptr, (batch * groups + group) * heads + head, P)
+        index = (batch * groups + group) * heads + head
+        own = class_delta(do_ptr, cls_out_ptr, index, batch, group, groups, weights_ptr, P)
+        delta = tl.where(place == 0, own, delta)
     if P.CLS == 3:
-        cls_top, cls_total = load_sums(cls_sums_ptr, batch * heads + head, None)
+        cls_top, cls_total = load_sums(cls_sums_ptr, batch * heads + head, None, P)
         top = tl.where(place == 0, cls_top, top)
         total = tl.where(place == 0, cls_total, total)
     if P.FULL:
@@ -255,7 +257,7 @@ def streaming_backward_kv(
     k = load_rows(k_ptr, key_row, ks, key_exists, P)
     v = load_rows(v_ptr, key_row, vs, key_exists, P)
     if P.CLS == 3:
-        cls_top, cls_total = load_sums(cls_sums_ptr, batch * heads + head, None)
+        cls_top, cls_total = load_sums(cls_sums_ptr, batch * heads + head, None, P)
     BLOCK_N: tl.constexpr = P.BLOCK_N
     BLOCK_D: tl.constexpr = P.BLOCK_D
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
@@ -268,7 +270,7 @@ def streaming_backward_kv(
         do = load_rows(do_ptr, row, os, exists, P)
         if P.CLS == 2:
             do = class_gradient(do, place, batch, group + place * 0, groups, weights_ptr, P)
-        top, total = load_sums(sums_ptr, stats + place, exists)
+        top, total = load_sums(sums_ptr, stats + place, exists, P)
         delta = tl.load(delta_ptr + stats + place, mask=exists, other=0.0)
         if P.CLS == 3:
             top = tl.where(place == 0, cls_top, top)
@@ -279,7 +281,8 @@ def streaming_backward_kv(
             k = load_rows(k_ptr, key_row, ks, key_exists & (m0 < members), P)
             v = load_rows(v_ptr, key_row, vs, key_exists & (m0 < members), P)
         p = power(scaled(inner(k, q, P), scale, P) - top[None, :], P)  # [keys, queries]
-        p = normalised(p, total[None, :], P)
+        if P.FULL:
+            p = p / total[None, :]
         p = seen(p, 0.0, place[None, :], key[:, None], group, P)
         dv += product(p, do, P)
         ds = p * (inner(v, do, P) - delta[None, :]) * scale
