@@ -173,8 +173,8 @@ def normalised(e, total, P: tl.constexpr):
 def load_sums(ptr, index, keep, P: tl.constexpr):
     """What turns a score of row index[R] into a probability: power(score - top) / total, the second for float32 alone.
 
-    At scores of 1e5 a float32 has no room for the logarithm of the sum beside the maximum. To 16 bits scores are not that
-    exact, and one number is enough. A row that does not exist has probabilities power(-inf).
+    At scores of 1e5 a float32 has no room for the logarithm of the sum beside the maximum. To 16 bits scores are not
+    that exact, and one number is enough. A row that does not exist has probabilities power(-inf).
     """
     if keep is None:
         top = tl.load(ptr + index * 2)
