@@ -44,7 +44,7 @@ MATRIX = {80: ("HMMA",), 90: ("HMMA", "HGMMA"), 100: ("HMMA", "UTCHMMA"), 120: (
 # Warp instructions per row and head that leave the memory, not the issue slots, in charge (time attention, D = 64).
 BUDGET = {"resident_forward": 110, "resident_backward": 193}
 # No tile was found that keeps these in registers; they are right, and slower than they could be.
-KNOWN_SPILLS = {("streaming_backward_kv", 100, "ieee", True)}
+KNOWN_SPILLS = {(f"streaming_backward_{owner}", 100, "ieee", True) for owner in ("q", "kv")}
 SPILL_LIMIT = 256  # bytes of stack and instructions, for those alone
 TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 # (scheme, members, class mode) that TimeSformer meets. Time: 8 to 96 frames; space: 112 and 224 px, 16 x 16 patches,

@@ -190,6 +190,8 @@ def test_gradients_of_other_layouts(engine):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 def test_stores_round_to_nearest_even(engine, dtype):
     """The mean of two values is exact in float32: a store that truncates is within the error bound, but not this."""
+    if interpreted(engine) and dtype == torch.bfloat16:
+        pytest.skip("Triton's interpreter truncates to bfloat16; a GPU rounds")
     case = Case("time", (5, 7, 2), "none", scale=0.0)
     q, k, v = case.qkv(engine, 1, 2, 21, dtype)
     # Neighbours of one exponent have a mean of one bit more: every second one is a tie.
