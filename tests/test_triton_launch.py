@@ -140,7 +140,7 @@ def check_arguments_arrive_in_order(driver):
         assert call.kernel == "resident_forward"
         assert all(got[f"{x}_ptr"] is tensor for x, tensor in zip("qkv", args, strict=False))
         assert got["o_ptr"] is driver.result
-        assert got["cls_ptr"] is got["top_ptr"] is got["lse_ptr"] is None
+        assert got["cls_ptr"] is got["top_ptr"] is got["sums_ptr"] is None
         plan = got["P"]
         assert (plan.VEC, plan.D, plan.M, plan.CLS) == (8, D, T, 0)
         for x in "qkv":  # in units of 16 bytes
