@@ -14,7 +14,18 @@ KERNELS = ROOT / "kernels" / "timesformer_kernels"
 MODEL = ROOT / "timesformer"
 
 # Modules of the kernels package by floor; imports point down. native.py packs a grid.View, so it lies above grid.py.
-FLOORS = {"grid": 0, "registry": 1, "native": 1, "backends": 2, "flops": 2, "ops": 3, "fused": 3, "info": 4}
+FLOORS = {
+    "grid": 0,
+    "mounting": 0,
+    "fused_checks": 1,
+    "registry": 1,
+    "native": 1,
+    "backends": 2,
+    "flops": 2,
+    "ops": 3,
+    "fused": 3,
+    "info": 4,
+}
 FLOORS |= {"warmup": 4, "__init__": 4}
 OPTIONAL = {"av", "tqdm", "transformers", "safetensors", "huggingface_hub", "matplotlib", "triton", "PIL", "cv2"}
 

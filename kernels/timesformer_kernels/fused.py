@@ -9,79 +9,20 @@ backend="reference" is ordinary differentiable torch code.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 import torch.autograd.forward_ad as forward_ad
-import torch.nn.functional as F
 from torch import Tensor
-from torch.nn import Parameter
 
 from . import backends as _backends  # noqa: F401  registers them
-from . import registry
-from .grid import DTYPES
+from . import fused_checks, registry
+from .backends import reference_steps
+from .mounting import NAMESPACE, TAGS, needs_op
 
-NAMESPACE = "timesformer_kernels"
 MAX_WIDTH = 8192  # of LayerNorm's kernels, which keep a row in registers
-_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
-
-
-# --- the steps as plain torch: the specification ---------------------------------------------------------------------
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def _per_token(row_scale: Tensor, first: int = 0) -> Tensor:
-    """[B] or [B, S] -> a factor of [B, S - first, D]: of the tokens from `first` on."""
-    return row_scale[:, None, None] if row_scale.dim() == 1 else row_scale[:, first:, None]
-
-
-def _add_layer_norm(x, branch, weight, bias, row_scale, eps, skip_cls):
-    total = None
-    if branch is not None:
-        first = int(skip_cls)
-        part = _wide(branch[:, first:])
-        if row_scale is not None:
-            part = part * _per_token(row_scale, first)
-        total = (_wide(x[:, first:]) + part).to(x.dtype).contiguous()
-        if skip_cls:
-            total = torch.cat([x[:, :1], total], 1)
-    row = _wide(x if total is None else total)
-    normed = F.layer_norm(row, row.shape[-1:], weight.to(row.dtype), bias.to(row.dtype), eps)
-    return total, normed.to(x.dtype).contiguous()
-
-
-def _add_layer_norm_bwd(dsum, dnormed, total, weight, row_scale, eps, skip_cls, branch_dtype):
-    """The formula written out, for where autograd cannot look: inside a registered op."""
-    row, dout = _wide(total), _wide(dnormed)
-    centred = row - row.mean(-1, keepdim=True)
-    rstd = (centred.square().mean(-1, keepdim=True) + eps).rsqrt()
-    score, dscore = centred * rstd, dout * weight.to(row.dtype)
-    dx = rstd * (dscore - dscore.mean(-1, keepdim=True) - score * (dscore * score).mean(-1, keepdim=True))
-    if dsum is not None:
-        dx = dx + dsum
-    dbranch = None
-    if branch_dtype is not None:
-        dbranch = dx if row_scale is None else dx * _per_token(row_scale)
-        dbranch = dbranch.to(branch_dtype, copy=True, memory_format=torch.contiguous_format)
-        if skip_cls:
-            dbranch[:, :1] = 0
-    dweight, dbias = (g.sum((0, 1)).to(weight.dtype) for g in (dout * score, dout))
-    return dx.to(total.dtype).contiguous(), dbranch, dweight, dbias
-
-
-def _bias_gelu(x, bias):
-    return F.gelu(_wide(x) + _wide(bias)).to(x.dtype).contiguous()
-
-
-def _bias_gelu_bwd(dout, x, bias):
-    dx = torch.ops.aten.gelu_backward(_wide(dout), _wide(x) + _wide(bias))
-    return dx.to(x.dtype).contiguous(), dx.sum((0, 1)).to(bias.dtype)
 
 
 # --- which backend runs ----------------------------------------------------------------------------------------------
@@ -102,7 +43,7 @@ class Steps(NamedTuple):
     bias_gelu_bwd: Callable
 
 
-REFERENCE = Steps(_add_layer_norm, _add_layer_norm_bwd, _bias_gelu, _bias_gelu_bwd)
+REFERENCE = Steps(*(getattr(reference_steps, name) for name in Steps._fields))
 
 
 def _triton() -> Steps:
@@ -135,6 +76,11 @@ def resolve(name: str, device_type: str, dtype: torch.dtype, width: int) -> tupl
     return name, _LOADERS[name]()
 
 
+def _check_backend(backend) -> None:
+    if backend != "auto" and backend not in _LOADERS:
+        raise ValueError(f"backend: got {backend!r}, expected one of auto, {', '.join(_LOADERS)}")
+
+
 def _steps(x: Tensor, width: int, backend: str) -> Steps:
     return resolve(backend, x.device.type, x.dtype, width)[1]
 
@@ -145,15 +91,15 @@ LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 LIBRARY.define(
     "add_layer_norm_fwd(Tensor x, Tensor? branch, Tensor weight, Tensor bias, Tensor? row_scale, float eps, "
     "bool skip_cls, str backend) -> (Tensor sum, Tensor normed)",
-    tags=_TAGS,
+    tags=TAGS,
 )
 LIBRARY.define(
     "add_layer_norm_bwd(Tensor? dsum, Tensor dnormed, Tensor sum, Tensor weight, Tensor? row_scale, float eps, "
     "bool skip_cls, ScalarType? branch_dtype, str backend) -> (Tensor dx, Tensor dbranch, Tensor dw, Tensor db)",
-    tags=_TAGS,
+    tags=TAGS,
 )
-LIBRARY.define("bias_gelu_fwd(Tensor x, Tensor bias, str backend) -> Tensor", tags=_TAGS)
-LIBRARY.define("bias_gelu_bwd(Tensor dout, Tensor x, Tensor bias, str backend) -> (Tensor, Tensor)", tags=_TAGS)
+LIBRARY.define("bias_gelu_fwd(Tensor x, Tensor bias, str backend) -> Tensor", tags=TAGS)
+LIBRARY.define("bias_gelu_bwd(Tensor dout, Tensor x, Tensor bias, str backend) -> (Tensor, Tensor)", tags=TAGS)
 
 
 def _norm_fwd(x, branch, weight, bias, row_scale, eps, skip_cls, backend):
@@ -320,8 +266,8 @@ class _Step(NamedTuple):
     func: type
 
 
-_NORM = _Step(_add_layer_norm, _norm_fwd, _OPS.add_layer_norm_fwd.default, AddLayerNorm, _FuncAddLayerNorm)
-_GELU = _Step(_bias_gelu, _gelu_fwd, _OPS.bias_gelu_fwd.default, BiasGelu, _FuncBiasGelu)
+_NORM = _Step(REFERENCE.add_layer_norm_fwd, _norm_fwd, _OPS.add_layer_norm_fwd.default, AddLayerNorm, _FuncAddLayerNorm)
+_GELU = _Step(REFERENCE.bias_gelu_fwd, _gelu_fwd, _OPS.bias_gelu_fwd.default, BiasGelu, _FuncBiasGelu)
 
 
 def _run(step: _Step, width: int, backend: str, tensors: tuple, *options):
@@ -329,12 +275,7 @@ def _run(step: _Step, width: int, backend: str, tensors: tuple, *options):
     if backend == "reference":
         return step.reference(*tensors, *options)
     x, given = tensors[0], [t for t in tensors if t is not None]
-    if (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0  # fake tensors, selective checkpoint, tracing
-        or any(type(t) is not Tensor and type(t) is not Parameter for t in given)  # DTensor and other subclasses
-        or x.device.type not in ("cpu", "cuda")
-    ):
+    if needs_op(*given):
         if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
             raise NotImplementedError("forward-mode AD of a fused step is not implemented; use backend='reference'")
         return step.op(*tensors, *options, backend)
@@ -347,95 +288,6 @@ def _run(step: _Step, width: int, backend: str, tensors: tuple, *options):
     if forward_ad._current_level >= 0 or (torch.is_grad_enabled() and any(t.requires_grad for t in given)):
         return step.eager.apply(*tensors, *options, name)
     return step.bare(*tensors, *options, name)
-
-
-# --- checks ----------------------------------------------------------------------------------------------------------
-
-
-def _check_tensor(name: str, t, device: torch.device | None = None) -> None:
-    if not isinstance(t, Tensor):
-        raise TypeError(f"{name}: got {type(t).__name__}, expected a torch.Tensor")
-    if device is not None and t.device != device:
-        raise ValueError(f"{name}: got device {t.device}, expected the device of x, {device}")
-    if t.dim() and t.stride(-1) != 1 and t.shape[-1] > 1:
-        raise ValueError(
-            f"{name}: got stride {t.stride(-1)} in the last dimension, expected 1; rows must be contiguous in memory"
-        )
-
-
-def _check_x(x, dims: str) -> None:
-    _check_tensor("x", x)
-    if x.dtype not in DTYPES:
-        raise ValueError(f"x: got dtype {x.dtype}, expected one of {', '.join(map(str, DTYPES))}")
-    if x.dim() == 0 or x.shape[-1] == 0:
-        raise ValueError(f"x: got shape {tuple(x.shape)}, expected {dims} with a last dimension of at least 1")
-
-
-def _check_vector(name: str, t, x: Tensor) -> None:
-    """A parameter over the last dimension of x, in its dtype or, beside 16-bit activations, in float32."""
-    _check_tensor(name, t, x.device)
-    if tuple(t.shape) != (x.shape[-1],):
-        raise ValueError(f"{name}: got shape {tuple(t.shape)}, expected {(x.shape[-1],)}, the width of x")
-    if t.dtype != x.dtype and not (t.dtype == torch.float32 and x.dtype.itemsize == 2):
-        wide = " or torch.float32" if x.dtype.itemsize == 2 else ""
-        raise ValueError(f"{name}: got dtype {t.dtype}, expected the dtype of x, {x.dtype}{wide}")
-
-
-def _check_branch(branch, x: Tensor) -> None:
-    _check_tensor("branch", branch, x.device)
-    if branch.shape != x.shape:
-        raise ValueError(f"branch: got shape {tuple(branch.shape)}, expected the shape of x, {tuple(x.shape)}")
-    if branch.dtype != x.dtype and not (x.dtype == torch.float32 and branch.dtype in DTYPES[1:3]):
-        narrow = " or a 16-bit float" if x.dtype == torch.float32 else ""
-        raise ValueError(f"branch: got dtype {branch.dtype}, expected the dtype of x, {x.dtype}{narrow}")
-
-
-def _check_row_scale(row_scale, x: Tensor, backend: str) -> None:
-    if not isinstance(row_scale, Tensor):
-        raise TypeError(f"row_scale: got {type(row_scale).__name__}, expected a torch.Tensor or None")
-    expected = tuple(x.shape[:1]), tuple(x.shape[:2])
-    if tuple(row_scale.shape) not in expected or row_scale.dtype != torch.float32 or row_scale.device != x.device:
-        raise ValueError(
-            f"row_scale: got shape {tuple(row_scale.shape)}, {row_scale.dtype} on {row_scale.device}, expected "
-            f"{expected[0]} (batch) or {expected[1]} (batch, tokens), torch.float32 on {x.device}"
-        )
-    if row_scale.requires_grad and backend != "reference":
-        raise ValueError(
-            "row_scale: got a tensor that requires grad, expected a constant; backend='reference' has its gradient"
-        )
-
-
-def _check_options(eps, skip_cls, backend) -> None:
-    if isinstance(eps, bool) or not isinstance(eps, (int, float)):
-        raise TypeError(f"eps: got {type(eps).__name__}, expected a number")
-    least = torch.finfo(torch.float32).tiny
-    if not least <= eps < math.inf:
-        raise ValueError(f"eps: got {eps}, expected a finite number of at least {least:.2g}")
-    if not isinstance(skip_cls, bool):
-        raise TypeError(f"skip_cls: got {type(skip_cls).__name__}, expected True or False")
-    _check_backend(backend)
-
-
-def _check_backend(backend) -> None:
-    if backend != "auto" and backend not in _LOADERS:
-        raise ValueError(f"backend: got {backend!r}, expected one of auto, {', '.join(_LOADERS)}")
-
-
-def _merged(x: Tensor) -> Tensor:
-    """x [..., D] as [B, S, D], without a copy."""
-    if x.dim() < 3:
-        return x[(None,) * (3 - x.dim())]
-    shape, strides, last = x.shape, x.stride(), x.dim() - 1
-    # Dimension i continues dimension i - 1 where one step there is a whole walk here.
-    joins = [shape[i] == 1 or shape[i - 1] == 1 or strides[i - 1] == strides[i] * shape[i] for i in range(1, last)]
-    breaks = [i + 1 for i, join in enumerate(joins) if not join]
-    if len(breaks) > 1 and x.numel():
-        raise ValueError(
-            f"x: got shape {tuple(shape)} with strides {strides}, expected leading dimensions that merge into two "
-            "without a copy"
-        )
-    cut = breaks[0] if breaks else 1
-    return x.view(math.prod(shape[:cut]), math.prod(shape[cut:last]), shape[last])
 
 
 # --- public ----------------------------------------------------------------------------------------------------------
@@ -466,21 +318,22 @@ def add_layer_norm(
     the rounded sum; statistics and both gradients' sums over rows are float32 (float64 for float64). Raises TypeError,
     ValueError for bad arguments, RuntimeError where the named backend cannot run.
     """
-    _check_x(x, "(batch, tokens, dim)")
+    fused_checks.check_x(x, "(batch, tokens, dim)")
     if x.dim() != 3:
         raise ValueError(f"x: got shape {tuple(x.shape)}, expected 3 dimensions (batch, tokens, dim)")
     if branch is not None:
-        _check_branch(branch, x)
+        fused_checks.check_branch(branch, x)
     elif skip_cls or row_scale is not None:
         name = "skip_cls" if skip_cls else "row_scale"
         raise ValueError(f"{name}: given with branch=None, expected a branch for it to act on")
-    _check_vector("weight", weight, x)
-    _check_vector("bias", bias, x)
+    fused_checks.check_vector("weight", weight, x)
+    fused_checks.check_vector("bias", bias, x)
     if bias.dtype != weight.dtype:
         raise ValueError(f"bias: got dtype {bias.dtype}, expected the dtype of weight, {weight.dtype}")
     if row_scale is not None:
-        _check_row_scale(row_scale, x, backend)
-    _check_options(eps, skip_cls, backend)
+        fused_checks.check_row_scale(row_scale, x, backend)
+    fused_checks.check_options(eps, skip_cls)
+    _check_backend(backend)
     tensors = x, branch, weight, bias, row_scale
     total, normed = _run(_NORM, x.shape[2], backend, tensors, float(eps), skip_cls)
     return x if branch is None else total, normed
@@ -496,11 +349,11 @@ def bias_gelu(x: Tensor, bias: Tensor, *, backend: str = "auto") -> Tensor:
     Returns the shape and dtype of x, contiguous. Raises TypeError, ValueError for bad arguments, RuntimeError where the
     named backend cannot run.
     """
-    _check_x(x, "(..., dim)")
-    _check_vector("bias", bias, x)
+    fused_checks.check_x(x, "(..., dim)")
+    fused_checks.check_vector("bias", bias, x)
     _check_backend(backend)
     if backend == "reference" or (backend == "auto" and torch.compiler.is_compiling()):
-        return _bias_gelu(x, bias)
+        return REFERENCE.bias_gelu_fwd(x, bias)
     if x.dim() == 3:
         return _run(_GELU, 1, backend, (x, bias))
-    return _run(_GELU, 1, backend, (_merged(x), bias)).view(x.shape)
+    return _run(_GELU, 1, backend, (fused_checks.merged(x), bias)).view(x.shape)

@@ -21,23 +21,21 @@ import warnings
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
-from torch.nn import Parameter
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from . import backends as _backends  # noqa: F401  registers them
 from . import grid, registry
 from .backends import reference
 from .grid import Scheme, View
+from .mounting import NAMESPACE, TAGS, needs_op
 
-NAMESPACE = "timesformer_kernels"
 FWD, BWD = f"{NAMESPACE}::attn_fwd", f"{NAMESPACE}::attn_bwd"
-_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
 _QKV, _SAVED = "Tensor q, Tensor k, Tensor v", "Tensor? out, Tensor? stats"
 _VIEW = "SymInt[] groups, SymInt[] sequence, str cls, float scale, str backend, Tensor? cls_weights"
 
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
-LIBRARY.define(f"attn_fwd({_QKV}, {_VIEW}) -> (Tensor out, Tensor stats)", tags=_TAGS)
-LIBRARY.define(f"attn_bwd(Tensor dout, {_QKV}, {_SAVED}, {_VIEW}) -> (Tensor, Tensor, Tensor)", tags=_TAGS)
+LIBRARY.define(f"attn_fwd({_QKV}, {_VIEW}) -> (Tensor out, Tensor stats)", tags=TAGS)
+LIBRARY.define(f"attn_bwd(Tensor dout, {_QKV}, {_SAVED}, {_VIEW}) -> (Tensor, Tensor, Tensor)", tags=TAGS)
 
 
 # --- the bare functions: plain tensors in, plain tensors out ---------------------------------------------------------
@@ -216,16 +214,6 @@ class PackedAttention(torch.autograd.Function):
 # --- routing ---------------------------------------------------------------------------------------------------------
 
 
-def _needs_op(q, k, v) -> bool:
-    """True when something watches or wraps the call, so that it must be a visible operator."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0  # fake tensors, FLOP counter, selective checkpoint, tracing
-        or any(type(x) is not Tensor and type(x) is not Parameter for x in (q, k, v))  # DTensor and other subclasses
-        or q.device.type not in ("cpu", "cuda")
-    )
-
-
 _FLOP_COUNTER = "torch.utils.flop_counter"
 if _FLOP_COUNTER in sys.modules:
     from . import flops as _flops  # noqa: F401
@@ -271,7 +259,7 @@ def _attend(q, k, v, view: View, scale, backend: str, cls_weights=None, packed=N
         raise ValueError(
             "cls_weights: got a tensor that requires grad, expected a constant; backend='reference' has its gradient"
         )
-    if _needs_op(q, k, v):
+    if needs_op(q, k, v):
         if not torch.compiler.is_compiling():
             _watched()
         return ATTN_FWD(q, k, v, *view.flat(), view.cls, scale, backend, cls_weights)[0]

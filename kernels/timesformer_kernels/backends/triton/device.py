@@ -16,6 +16,32 @@ import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
+INFINITY = tl.constexpr(float("inf"))
+# Integer arguments, on whose values no kernel is specialised: strides of q, k, v; of dout and of the gradients; a view.
+QKV_STRIDES = ("qb", "qs", "qh", "kb", "ks", "kh", "vb", "vs", "vh")
+GRAD_STRIDES = ("ob", "os", "oh", "gb", "gs", "gh")
+VIEW = ("groups", "gn1", "gn2", "gs0", "gs1", "gs2", "ls0", "ls1", "ls2")
+
+
+@triton.jit
+def program(heads, tiles):
+    """(head, tile, the rest) of this program: heads are neighbours, and read neighbouring memory."""
+    pid = tl.program_id(0)
+    return (pid % heads).to(tl.int64), pid // heads % tiles, (pid // heads // tiles).to(tl.int64)
+
+
+@triton.jit
+def program_of_group(heads, tiles, groups):
+    """(head, tile, group, batch): the tiles of a sequence are neighbours, and find its keys in the cache."""
+    pid = tl.program_id(0)
+    rest = pid // tiles // heads
+    return (pid // tiles % heads).to(tl.int64), pid % tiles, rest % groups, (rest // groups).to(tl.int64)
+
+
+@triton.jit
+def of_head(ptr, stride_b, stride_h, batch, head, P: tl.constexpr):
+    """The first row of one head of a clip."""
+    return ptr + (batch * stride_b + head * stride_h) * P.VEC
 
 
 @triton.jit

@@ -14,14 +14,20 @@ import triton
 import triton.language as tl
 
 from .device import (
+    GRAD_STRIDES,
+    INFINITY,
+    QKV_STRIDES,
+    VIEW,
     class_delta,
     class_gradient,
     inner,
     load_rows,
     load_sums,
     normalised,
+    of_head,
     power,
     product,
+    program,
     scaled,
     store_parts,
     store_rows,
@@ -30,11 +36,7 @@ from .device import (
     token_rows,
 )
 
-INTEGERS = (
-    *("qb", "qs", "qh", "kb", "ks", "kh", "vb", "vs", "vh", "ob", "os", "oh", "gb", "gs", "gh"),
-    *("tokens", "heads", "groups", "tiles", "gn1", "gn2", "gs0", "gs1", "gs2", "ls0", "ls1", "ls2"),
-)
-INFINITY = tl.constexpr(float("inf"))
+SIZES = ("tokens", "heads", "tiles", *VIEW)
 
 
 @triton.jit
@@ -165,7 +167,7 @@ def forward_tile(pointers, numbers, where, part, P: tl.constexpr):
     return fine
 
 
-@triton.jit(do_not_specialize=INTEGERS[:9] + INTEGERS[15:])
+@triton.jit(do_not_specialize=QKV_STRIDES + SIZES)
 def resident_forward(
     q_ptr, k_ptr, v_ptr, o_ptr, cls_ptr, top_ptr, sums_ptr,
     qb, qs, qh, kb, ks, kh, vb, vs, vh,
@@ -177,15 +179,12 @@ def resident_forward(
     cls_ptr [B, G, H, D] float32: the class row's output in each group, for P.CLS == 3 not yet divided by its sum;
     top_ptr [2, B, G, H]: that row's maximum and sum, then. sums_ptr [B, H, G, M, 2]: those of every row, if P.STATS.
     """
-    pid = tl.program_id(0)
-    head = (pid % heads).to(tl.int64)
-    tile = pid // heads % tiles
-    batch = (pid // heads // tiles).to(tl.int64)
+    head, tile, batch = program(heads, tiles)
     where = (groups, gn1, gn2, gs0, gs1, gs2, P.SEQ[1], P.SEQ[2], ls0, ls1, ls2)
-    q_ptr += (batch * qb + head * qh) * P.VEC
+    q_ptr = of_head(q_ptr, qb, qh, batch, head, P)
     o_ptr += (batch * tokens * heads + head) * P.D
-    k_ptr += (batch * kb + head * kh) * P.VEC
-    v_ptr += (batch * vb + head * vh) * P.VEC
+    k_ptr = of_head(k_ptr, kb, kh, batch, head, P)
+    v_ptr = of_head(v_ptr, vb, vh, batch, head, P)
     if P.FIRST == 1 and P.CLS < 2:
         if tile == 0:
             store_zero_row(o_ptr, P)
@@ -346,7 +345,7 @@ def backward_tile_saved(pointers, numbers, where, P: tl.constexpr):
         store_gradient(dv_ptr, cls_ptr, 2, dv[i], start, batch, tile, head, heads, gs, where, -1, P.BLOCKS[i], P)
 
 
-@triton.jit(do_not_specialize=INTEGERS)
+@triton.jit(do_not_specialize=QKV_STRIDES + GRAD_STRIDES + SIZES)
 def resident_backward(
     q_ptr, k_ptr, v_ptr, do_ptr, o_ptr, dq_ptr, dk_ptr, dv_ptr,
     cls_out_ptr, cls_ptr, weights_ptr, cls_sums_ptr, sums_ptr,
@@ -362,18 +361,15 @@ def resident_backward(
     [B, G, H, D]: what the forward left, so that a block of keys is done with at a time. Without it q, k, v and do are
     enough.
     """
-    pid = tl.program_id(0)
-    head = (pid % heads).to(tl.int64)
-    tile = pid // heads % tiles
-    batch = (pid // heads // tiles).to(tl.int64)
+    head, tile, batch = program(heads, tiles)
     where = (groups, gn1, gn2, gs0, gs1, gs2, P.SEQ[1], P.SEQ[2], ls0, ls1, ls2)
-    q_ptr += (batch * qb + head * qh) * P.VEC
-    k_ptr += (batch * kb + head * kh) * P.VEC
-    v_ptr += (batch * vb + head * vh) * P.VEC
-    do_ptr += (batch * ob + head * oh) * P.VEC
-    dq_ptr += (batch * gb + head * gh) * P.VEC
-    dk_ptr += (batch * gb + head * gh) * P.VEC
-    dv_ptr += (batch * gb + head * gh) * P.VEC
+    q_ptr = of_head(q_ptr, qb, qh, batch, head, P)
+    k_ptr = of_head(k_ptr, kb, kh, batch, head, P)
+    v_ptr = of_head(v_ptr, vb, vh, batch, head, P)
+    do_ptr = of_head(do_ptr, ob, oh, batch, head, P)
+    dq_ptr = of_head(dq_ptr, gb, gh, batch, head, P)
+    dk_ptr = of_head(dk_ptr, gb, gh, batch, head, P)
+    dv_ptr = of_head(dv_ptr, gb, gh, batch, head, P)
     if P.SAVED or P.CLS == 3:
         o_ptr += (batch * tokens * heads + head) * P.D
     if P.FIRST == 1 and P.CLS == 0:

@@ -10,13 +10,19 @@ import triton
 import triton.language as tl
 
 from .device import (
+    GRAD_STRIDES,
+    INFINITY,
+    QKV_STRIDES,
+    VIEW,
     class_delta,
     class_gradient,
     inner,
     load_rows,
     load_sums,
+    of_head,
     power,
     product,
+    program_of_group,
     scaled,
     store_parts,
     store_rows,
@@ -25,12 +31,7 @@ from .device import (
     token_rows,
 )
 
-INTEGERS = (
-    *("qb", "qs", "qh", "kb", "ks", "kh", "vb", "vs", "vh", "ob", "os", "oh", "gb", "gs", "gh"),
-    *("tokens", "heads", "members", "tiles", "groups", "gn1", "gn2", "gs0", "gs1", "gs2"),
-    *("ln1", "ln2", "ls0", "ls1", "ls2"),
-)
-INFINITY = tl.constexpr(float("inf"))
+SIZES = ("tokens", "heads", "members", "tiles", "ln1", "ln2", *VIEW)
 
 
 @triton.jit
@@ -72,7 +73,7 @@ def attend(
     return acc, top, total
 
 
-@triton.jit(do_not_specialize=INTEGERS[:9] + INTEGERS[15:])
+@triton.jit(do_not_specialize=QKV_STRIDES + SIZES)
 def streaming_forward(
     q_ptr, k_ptr, v_ptr, o_ptr, cls_ptr, top_ptr, sums_ptr,
     qb, qs, qh, kb, ks, kh, vb, vs, vh,
@@ -80,21 +81,17 @@ def streaming_forward(
     P: tl.constexpr,
 ):  # fmt: skip
     """o [B, S, H, D] for a tile of queries. Grid (batch * groups * heads * tiles,); pointers as in resident_forward."""
-    pid = tl.program_id(0)
-    tile = pid % tiles
-    head = (pid // tiles % heads).to(tl.int64)
-    group = pid // tiles // heads % groups
-    batch = (pid // tiles // heads // groups).to(tl.int64)
+    head, tile, group, batch = program_of_group(heads, tiles, groups)
     where = (groups, gn1, gn2, gs0, gs1, gs2, ln1, ln2, ls0, ls1, ls2)
-    k_ptr += (batch * kb + head * kh) * P.VEC
-    v_ptr += (batch * vb + head * vh) * P.VEC
+    k_ptr = of_head(k_ptr, kb, kh, batch, head, P)
+    v_ptr = of_head(v_ptr, vb, vh, batch, head, P)
     o_ptr += (batch * tokens * heads + head) * P.D
     if P.FIRST == 1 and P.CLS < 2:
         if (tile == 0) & (group == 0):
             store_zero_row(o_ptr, P)
     place = P.SKIP + tile * P.BLOCK_M + tl.arange(0, P.BLOCK_M)
     row, exists = place_rows(place, members, group, where, P)
-    q = load_rows(q_ptr + (batch * qb + head * qh) * P.VEC, row, qs, None, P)
+    q = load_rows(of_head(q_ptr, qb, qh, batch, head, P), row, qs, None, P)
     BLOCK_M: tl.constexpr = P.BLOCK_M
     BLOCK_D: tl.constexpr = P.BLOCK_D
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -166,7 +163,7 @@ def query_delta(
     return own
 
 
-@triton.jit(do_not_specialize=INTEGERS)
+@triton.jit(do_not_specialize=QKV_STRIDES + GRAD_STRIDES + SIZES)
 def streaming_backward_q(
     q_ptr, k_ptr, v_ptr, do_ptr, o_ptr, dq_ptr, cls_out_ptr, cls_ptr, weights_ptr, cls_sums_ptr, sums_ptr, delta_ptr,
     qb, qs, qh, kb, ks, kh, vb, vs, vh, ob, os, oh, gb, gs, gh,
@@ -178,23 +175,19 @@ def streaming_backward_q(
     o_ptr, sums_ptr [B, H, G, M, 2]: what the forward left. cls_out_ptr [B, G, H, D] float32: the class row's output in
     each group (P.CLS == 2). cls_sums_ptr [B, H, 2] (P.CLS == 3). cls_ptr [B, G, H, 3, D] float32 takes its gradient.
     """
-    pid = tl.program_id(0)
-    tile = pid % tiles
-    head = (pid // tiles % heads).to(tl.int64)
-    group = pid // tiles // heads % groups
-    batch = (pid // tiles // heads // groups).to(tl.int64)
+    head, tile, group, batch = program_of_group(heads, tiles, groups)
     where = (groups, gn1, gn2, gs0, gs1, gs2, ln1, ln2, ls0, ls1, ls2)
-    k_ptr += (batch * kb + head * kh) * P.VEC
-    v_ptr += (batch * vb + head * vh) * P.VEC
+    k_ptr = of_head(k_ptr, kb, kh, batch, head, P)
+    v_ptr = of_head(v_ptr, vb, vh, batch, head, P)
     o_ptr += (batch * tokens * heads + head) * P.D
-    do_ptr += (batch * ob + head * oh) * P.VEC
-    dq_ptr += (batch * gb + head * gh) * P.VEC
+    do_ptr = of_head(do_ptr, ob, oh, batch, head, P)
+    dq_ptr = of_head(dq_ptr, gb, gh, batch, head, P)
     if P.FIRST == 1 and P.CLS == 0:
         if (tile == 0) & (group == 0):
             store_zero_row(dq_ptr, P)
     place = P.SKIP + tile * P.BLOCK_M + tl.arange(0, P.BLOCK_M)
     row, exists = place_rows(place, members, group, where, P)
-    q = load_rows(q_ptr + (batch * qb + head * qh) * P.VEC, row, qs, None, P)
+    q = load_rows(of_head(q_ptr, qb, qh, batch, head, P), row, qs, None, P)
     do = load_rows(do_ptr, row, os, exists, P)
     at = ((batch * heads + head) * groups + group) * members + place
     top, total = load_sums(sums_ptr, at, exists, P)
@@ -228,7 +221,7 @@ def streaming_backward_q(
         store_parts(cls_ptr, place * 0 + ((batch * groups + group) * heads + head) * 3, dq, place == 0, P)
 
 
-@triton.jit(do_not_specialize=INTEGERS)
+@triton.jit(do_not_specialize=QKV_STRIDES + GRAD_STRIDES + SIZES)
 def streaming_backward_kv(
     q_ptr, k_ptr, v_ptr, do_ptr, dk_ptr, dv_ptr, cls_ptr, weights_ptr, cls_sums_ptr, sums_ptr, delta_ptr,
     qb, qs, qh, kb, ks, kh, vb, vs, vh, ob, os, oh, gb, gs, gh,
@@ -236,24 +229,20 @@ def streaming_backward_kv(
     P: tl.constexpr,
 ):  # fmt: skip
     """dk and dv for a tile of P.BLOCK_N keys, queries passing by. Runs after streaming_backward_q."""
-    pid = tl.program_id(0)
-    tile = pid % tiles
-    head = (pid // tiles % heads).to(tl.int64)
-    group = pid // tiles // heads % groups
-    batch = (pid // tiles // heads // groups).to(tl.int64)
+    head, tile, group, batch = program_of_group(heads, tiles, groups)
     where = (groups, gn1, gn2, gs0, gs1, gs2, ln1, ln2, ls0, ls1, ls2)
-    q_ptr += (batch * qb + head * qh) * P.VEC
-    do_ptr += (batch * ob + head * oh) * P.VEC
-    dk_ptr += (batch * gb + head * gh) * P.VEC
-    dv_ptr += (batch * gb + head * gh) * P.VEC
+    q_ptr = of_head(q_ptr, qb, qh, batch, head, P)
+    do_ptr = of_head(do_ptr, ob, oh, batch, head, P)
+    dk_ptr = of_head(dk_ptr, gb, gh, batch, head, P)
+    dv_ptr = of_head(dv_ptr, gb, gh, batch, head, P)
     if P.FIRST == 1 and P.CLS == 0:
         if (tile == 0) & (group == 0):
             store_zero_row(dk_ptr, P)
             store_zero_row(dv_ptr, P)
     key = tile * P.BLOCK_N + tl.arange(0, P.BLOCK_N)
     key_row, key_exists = place_rows(key, members, group, where, P)
-    k_ptr += (batch * kb + head * kh) * P.VEC
-    v_ptr += (batch * vb + head * vh) * P.VEC
+    k_ptr = of_head(k_ptr, kb, kh, batch, head, P)
+    v_ptr = of_head(v_ptr, vb, vh, batch, head, P)
     k = load_rows(k_ptr, key_row, ks, key_exists, P)
     v = load_rows(v_ptr, key_row, vs, key_exists, P)
     if P.CLS == 3:
