@@ -4,6 +4,7 @@ scripts/tune_triton.py, which chooses by it.
 """
 
 import importlib
+import itertools
 import json
 import os
 import subprocess
@@ -132,6 +133,24 @@ def test_a_row_meets_the_shapes_that_its_kernel_serves(tune):
     streamed = tune.cases("streaming_forward", "bits16", 64, 0, 1 << 30)
     assert ("space", 785, "per_group") in streamed and ("time", 96, "exclude") not in streamed
     assert ("time", 96, "exclude") in tune.cases("streaming_backward_q", "ieee", 64, 0, 1 << 30)  # float32 is larger
+
+
+def test_every_row_of_the_table_is_compiled(gate):
+    configs = json.loads(gate.regimes.TABLE.read_text())["configs"]
+    for arch, kernel, kind, head_dim in itertools.product(
+        configs, configs["sm_8x"], ("bits16", "ieee", "tf32"), (64, 128)
+    ):
+        resident, direction = kernel.startswith("resident"), "forward" if kernel.endswith("forward") else "backward"
+        itemsize = 2 if kind == "bits16" else 4
+        met = {
+            members
+            for _, members, _ in gate.CASES + gate.OTHERS
+            if gate.regimes.resident(direction, members, itemsize, head_dim) == resident
+        }
+        low = 0
+        for high, *_ in configs[arch][kernel][kind][str(head_dim)]:
+            assert any(low < members <= high for members in met), f"{arch} {kernel} {kind} {head_dim}: {low} to {high}"
+            low = high
 
 
 @pytest.mark.parametrize(

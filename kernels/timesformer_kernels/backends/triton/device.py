@@ -138,9 +138,10 @@ def product(a, b, P: tl.constexpr):
 def inner(a, b, P: tl.constexpr):
     """a [M, BLOCK_D] @ b [N, BLOCK_D]^T in float32.
 
-    A true float32 product holds whole rows of both in registers, so it is done over 32 columns at a time.
+    A true float32 product holds whole rows of both in registers. Over 32 columns at a time 64 fit; 128 fit as they are,
+    in the small tiles that the table has for them, and do not when they are split: the parts are fetched all at once.
     """
-    if P.PRECISION == "ieee" and P.FULL and a.shape[1] > 32:
+    if P.PRECISION == "ieee" and P.FULL and P.BLOCK_D <= 64 and a.shape[1] > 32:
         even_a, odd_a = tl.split(tl.reshape(a, [a.shape[0], a.shape[1] // 2, 2]))
         even_b, odd_b = tl.split(tl.reshape(b, [b.shape[0], b.shape[1] // 2, 2]))
         return inner(even_a, even_b, P) + inner(odd_a, odd_b, P)
