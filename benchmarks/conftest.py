@@ -155,14 +155,14 @@ def synchronised(call, watch):
 
 
 @pytest.fixture
-def measure(request, benchmark, compare):
+def measure(request, benchmark, compare, measured):
     """measure(problem, row, direction, ...): the gate, what the row costs, and its time beside the other rows'.
 
     A row of ours that fails is an error; a peer that cannot run here is a skip that says why. Options go to `compare`.
     """
 
     def run(problem, row, direction, **options):
-        grad = direction != "forward"
+        grad, group = direction != "forward", problem.group(direction)
         if reason := problem.why_not(row):
             pytest.skip(f"{row}: {reason}")
         with torch.set_grad_enabled(grad):
@@ -181,12 +181,18 @@ def measure(request, benchmark, compare):
             info.update(frames=problem.shape.frames, locations=problem.shape.locations, batch=problem.shape.batch)
             if not benchmark.disabled and row not in ("copy", "products"):
                 info.update(costs(problem, row, direction))
+
+        def candidates():
+            if group in measured and row in measured[group][1]:  # timed with the others: not all of them once more
+                return {row: problem.timed(row, direction)}
+            return usable(problem, direction, peers.all_rows(request.config, problem.shape))
+
         return compare(
             row,
-            lambda: usable(problem, direction, peers.all_rows(request.config, problem.shape)),
+            candidates,
             dtype=problem.dtype,
             device=problem.device,
-            group=problem.group(direction),
+            group=group,
             grad=grad,
             info=info,
             **options,

@@ -27,8 +27,9 @@ REPORT = ROOT / "benchmarks" / "report.py"
 
 
 def python(*args, **env):
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "COV_"))}
     return subprocess.run(
-        [sys.executable, *map(str, args)], cwd=ROOT, capture_output=True, text=True, env={**os.environ, **env}
+        [sys.executable, *map(str, args)], cwd=ROOT, capture_output=True, text=True, env={**inherited, **env}
     )
 
 
