@@ -5,7 +5,7 @@
 #include <stdint.h>
 
 #define TSK_API extern "C" __attribute__((visibility("default")))
-#define TSK_ABI_VERSION 1
+#define TSK_ABI_VERSION 2
 #define TSK_MAX_AXES 3
 
 enum TskDtype : int32_t { TSK_F32 = 0, TSK_BF16 = 1, TSK_F16 = 2, TSK_F64 = 3 };
@@ -39,10 +39,12 @@ struct TskAttention {
   int64_t batch, tokens, heads, head_dim;
   double scale;              // of the scores
   const float* cls_weights;  // [B, G] contiguous, weight of each group's class output; null: 1 / G
-  void* workspace;           // tsk_attn_workspace() bytes, 64-byte aligned
-  int64_t max_threads;       // upper bound of parallel workers
-  int32_t dtype;             // TskDtype of all tensors
-  int32_t cls;               // TskCls
+  void* workspace;           // tsk_attn_workspace() or tsk_cuda_workspace() bytes, 64-byte aligned
+  float* stats;         // CUDA: [B, H, G, M, 2] contiguous, each row's largest score and the sum of exp(score - it),
+                        // M members of a sequence; forward: written, backward: read; null: not kept. CPU: unused
+  int64_t max_threads;  // CPU: upper bound of parallel workers
+  int32_t dtype;        // TskDtype of all tensors
+  int32_t cls;          // TskCls
 };
 
 TSK_API int32_t tsk_abi_version();
@@ -59,3 +61,12 @@ TSK_API void tsk_set_parallel_for(void* fn);
 TSK_API const char* tsk_isa();                    // instruction set in use
 TSK_API const char* tsk_isas();                   // usable ones, best first, separated by spaces
 TSK_API int32_t tsk_force_isa(const char* name);  // for tests and benchmarks
+
+// CUDA library: tsk_abi_version, tsk_attention_size, tsk_last_error, and these. All pointers are the device's. Nothing
+// is allocated and nothing waits: work is queued on `stream` (a cudaStream_t) of `device`, which need not be the
+// current one and is not left current. Returned: a TskStatus, or the cudaError_t of what failed.
+TSK_API const char* tsk_cuda_why_not(int32_t device);  // why kernels cannot run on it; null: they can
+TSK_API const char* tsk_cuda_regime(const TskAttention* a, int32_t backward);  // name of the kernels; null: a bad call
+TSK_API int64_t tsk_cuda_workspace(const TskAttention* a, int32_t backward);   // bytes; negative: a TskStatus
+TSK_API int32_t tsk_cuda_fwd(const TskAttention* a, int32_t device, void* stream);
+TSK_API int32_t tsk_cuda_bwd(const TskAttention* a, int32_t device, void* stream);

@@ -20,6 +20,7 @@ FLOORS = {
     "fused_checks": 1,
     "registry": 1,
     "native": 1,
+    "native_cuda": 1.5,  # calls what native loads
     "backends": 2,
     "flops": 2,
     "ops": 3,
@@ -98,7 +99,9 @@ def test_backends_import_neither_one_another_nor_ops(path):
         assert not (level == depth + 1 and first in ("ops", "fused", "backends", "info")), f"imports {first}"
 
 
-@pytest.mark.parametrize("path", [KERNELS / "grid.py", KERNELS / "registry.py", KERNELS / "native.py"], ids=ids)
+@pytest.mark.parametrize(
+    "path", [KERNELS / "grid.py", KERNELS / "registry.py", KERNELS / "native.py", KERNELS / "native_cuda.py"], ids=ids
+)
 def test_floor_one_needs_torch_and_the_standard_library_only(path):
     assert absolute_tops(path) <= {"torch", *sys.stdlib_module_names}
 

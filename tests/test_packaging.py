@@ -21,9 +21,12 @@ LEFT_BEHIND = shutil.ignore_patterns(
 PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
 OFFLINE = ["--no-build-isolation", "--no-deps", "--no-index"]
 NO_COMPILER = {"PATH": "", "CXX": "/nonexistent/c++"}
+NO_NVCC = {"TIMESFORMER_KERNELS_CUDA": "auto", "CUDA_HOME": "/nonexistent"}
 
 
 def run(command, cwd, check=True, **environment):
+    """The CUDA library takes minutes: left out unless the environment asks for it."""
+    environment = {"TIMESFORMER_KERNELS_CUDA": "0", **environment}
     clean = {k: v for k, v in os.environ.items() if not k.startswith("TIMESFORMER_KERNELS_") and k != "PYTHONPATH"}
     done = subprocess.run(command, cwd=cwd, env={**clean, **environment}, capture_output=True, text=True)
     assert not check or done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
@@ -142,7 +145,7 @@ def test_build_record(installed):
     assert record["_cpu"]["status"] == "ok"
     assert "-O3" in record["_cpu"]["flags"] and record["_cpu"]["compiler"]
     assert record["_cpu"]["isas"]["baseline"] == []
-    assert record["_cuda"]["status"] == "skipped: this version contains no CUDA sources"
+    assert record["_cuda"]["status"] == "skipped: TIMESFORMER_KERNELS_CUDA=0"
     assert len(record["source_hash"]) == 16
 
 
@@ -209,7 +212,7 @@ def test_a_compiler_that_fails_is_quoted(without_compiler, tmp_path):
         pytest.param(
             {"TIMESFORMER_KERNELS_REQUIRE_NATIVE": "1", **NO_COMPILER}, "/nonexistent/c++", id="native required"
         ),
-        pytest.param({"TIMESFORMER_KERNELS_CUDA": "1"}, "this version contains no CUDA sources", id="CUDA required"),
+        pytest.param({**NO_NVCC, "TIMESFORMER_KERNELS_CUDA": "1"}, "no nvcc found", id="CUDA required"),
         pytest.param({"TIMESFORMER_KERNELS_CUDA": "yes"}, "must be auto, 0 or 1, got 'yes'", id="CUDA misspelt"),
         pytest.param({"MAX_JOBS": "0"}, "MAX_JOBS must be a positive integer, got '0'", id="no jobs"),
     ],
@@ -224,10 +227,120 @@ def test_what_is_asked_for_and_cannot_be_is_an_error(without_compiler, tmp_path,
 
 def test_the_instruction_sets_a_compiler_rejects_are_left_out(without_compiler, old_compiler, tmp_path):
     _, tree = without_compiler
-    install(tree, tmp_path / "site", CXX=old_compiler, TIMESFORMER_KERNELS_CUDA="0")
+    install(tree, tmp_path / "site", CXX=old_compiler)
     record = record_of(tmp_path / "site")
-    assert record["_cuda"]["status"] == "skipped: TIMESFORMER_KERNELS_CUDA=0"
     if platform.machine() == "x86_64":
         assert record["_cpu"]["isas_rejected"] == ["avx512bf16"]
     assert "avx512bf16" not in record["_cpu"]["isas"]
     python(RUN_KERNEL, tmp_path, tmp_path / "site")
+
+
+# The CUDA library, by a toolkit that only takes notes
+
+NVCC = r"""#!/bin/sh
+echo "$@" >> "$(dirname "$0")/calls"
+case "$*" in
+  --list-gpu-code) echo "$FAKE_KNOWS";;
+  --version) echo "Cuda compilation tools, release 99.0";;
+  *) [ -z "$FAKE_ERROR" ] || { echo "launch.cu(1): error: $FAKE_ERROR"; exit 2; }
+     while [ $# -gt 0 ]; do [ "$1" != -o ] || echo library > "$2"; shift; done;;
+esac
+"""
+SMI = '#!/bin/sh\n[ -n "$FAKE_GPUS" ] || exit 9\nprintf "$FAKE_GPUS"\n'
+
+
+@pytest.fixture
+def toolkit(tmp_path):
+    """build(**environment) -> (exit status and output, record, arguments of the compilations) of a build in place."""
+    tree, home = tmp_path / "tree", tmp_path / "tool kit"
+    (home / "bin").mkdir(parents=True)
+    shutil.copytree(ROOT / "csrc", tree / "csrc")
+    (tree / "kernels/timesformer_kernels").mkdir(parents=True)
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tree)
+    for name in ("timesformer_kernels/__init__.py", "timesformer_kernels/_version.py"):
+        if (ROOT / "kernels" / name).exists():
+            shutil.copy(ROOT / "kernels" / name, tree / "kernels" / name)
+    for name, text in (("nvcc", NVCC), ("nvidia-smi", SMI)):
+        (home / "bin" / name).write_text(text)
+        (home / "bin" / name).chmod(0o755)
+
+    def build(**environment):
+        (home / "bin/calls").write_text("")
+        path = f"{home / 'bin'}{os.pathsep}{sysconfig.get_path('scripts')}{os.pathsep}{os.defpath}"
+        defaults = {"CXX": "/nonexistent/c++", "PATH": path, "TIMESFORMER_KERNELS_CUDA": "auto", "CUDA_HOME": str(home)}
+        defaults |= {"FAKE_KNOWS": "sm_75 sm_80 sm_90 sm_100 sm_120"}
+        command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+        done = run(command, tree, check=False, **{**defaults, **environment})
+        record = record_of(tree / "kernels") if done.returncode == 0 else None
+        calls = (home / "bin/calls").read_text().splitlines()
+        return done, record, [call for call in calls if "-shared" in call]
+
+    build.library = tree / "kernels/timesformer_kernels/_cuda.so"
+    return build
+
+
+def archs_of(call):
+    return [word.rpartition("code=")[2] for word in call.split() if word.startswith("-gencode")]
+
+
+@pytest.mark.parametrize(
+    "environment, archs, ptx, why",
+    [
+        pytest.param({}, ["80", "90a", "100", "120"], "80", "no GPU is visible", id="no GPU"),
+        pytest.param({"FAKE_GPUS": r"9.0\n9.0\n"}, ["90a"], None, "the visible GPUs", id="H200 twice"),
+        pytest.param({"FAKE_GPUS": r"8.0\n12.0\n"}, ["80", "120"], None, "the visible GPUs", id="two kinds"),
+        pytest.param(
+            {"FAKE_GPUS": r"7.5\n"}, ["80", "90a", "100", "120"], "80", "no GPU is visible", id="too old a GPU"
+        ),
+        pytest.param(
+            {"FAKE_GPUS": r"13.0\n"},
+            ["80", "90a", "100", "120"],
+            "80",
+            "GPUs unknown to nvcc are visible",
+            id="too new a GPU",
+        ),
+        pytest.param({"FAKE_KNOWS": "sm_80 sm_90"}, ["80", "90a"], "80", "no GPU is visible", id="old toolkit"),
+        pytest.param(
+            {"TIMESFORMER_KERNELS_CUDA_ARCHS": "90a;100", "FAKE_GPUS": r"8.0\n"},
+            ["90a", "100"],
+            None,
+            "TIMESFORMER_KERNELS_CUDA_ARCHS",
+            id="asked for",
+        ),
+    ],
+)
+def test_cuda_architectures(toolkit, environment, archs, ptx, why):
+    done, record, calls = toolkit(**environment)
+    cuda = record["_cuda"]
+    assert (cuda["status"], cuda["archs"], cuda["ptx"], cuda["archs_from"]) == ("ok", archs, ptx, why)
+    assert cuda["compiler"] == "Cuda compilation tools, release 99.0"
+    assert [archs_of(call) for call in calls] == [[f"sm_{arch}" for arch in archs] + [f"compute_{ptx}"] * bool(ptx)]
+    assert "-cudart=static" in calls[0] and "-lineinfo" in calls[0]
+    assert toolkit.library.exists() and f"_cuda: ok for {' '.join(archs)} ({why})" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "environment, reason",
+    [
+        pytest.param({"FAKE_ERROR": "no such thing"}, "launch.cu(1): error: no such thing", id="it does not compile"),
+        pytest.param(
+            {"TIMESFORMER_KERNELS_CUDA_ARCHS": "75"}, "got '75', this nvcc and we know 80 90 100 120", id="old"
+        ),
+        pytest.param({"TIMESFORMER_KERNELS_CUDA_ARCHS": "sm_90"}, "got 'sm_90'", id="misspelt"),
+        pytest.param(
+            {"FAKE_KNOWS": "sm_70"}, "nvcc knows none of the architectures 80, 90a, 100, 120", id="old toolkit"
+        ),
+        pytest.param({"CUDA_HOME": "/nonexistent"}, "no nvcc found", id="no nvcc"),
+    ],
+)
+def test_a_cuda_library_that_cannot_be_built_is_left_out_and_said(toolkit, environment, reason):
+    toolkit.library.write_text("of an earlier build")
+    done, record, _ = toolkit(**environment)
+    assert record["_cuda"]["status"].startswith("skipped: ") and reason in record["_cuda"]["status"]
+    assert reason in done.stderr and not toolkit.library.exists()
+    done, _, _ = toolkit(TIMESFORMER_KERNELS_CUDA="1", **environment)
+    assert (
+        done.returncode != 0
+        and f"timesformer_kernels._cuda cannot be built: {record['_cuda']['status'][9:]}" in done.stderr
+    )

@@ -34,7 +34,7 @@ except RuntimeError as error:
 
 def test_order_and_names():
     names = available_backends()
-    assert names == ("triton", "cpp", "reference")
+    assert names == ("triton", "cuda", "cpp", "reference")
     assert all(registry.get(name).name == name for name in names)
 
 

@@ -162,7 +162,7 @@ print("triton" in sys.modules)
 def test_cpu_tensors_never_import_triton():
     table, same, refusal, imported = python(CPU).strip().splitlines()
     reason = "its kernels run on cuda, not on cpu; TRITON_INTERPRET=1 runs them on cpu, slowly"
-    assert table.strip().startswith(f"triton: {reason} |") and same == "True"
+    assert f"triton: {reason} |" in table and same == "True"
     assert refusal.startswith(f"backend 'triton' cannot run: {reason}; ")
     assert imported == "False"
 
@@ -192,7 +192,7 @@ def test_auto_passes_over_the_interpreter(monkeypatch):
         assert registry.resolve("triton", "cpu", torch.float32, 8).name == "triton"
         assert registry.resolve("auto", "cpu", torch.float32, 8).name != "triton"
         x = torch.zeros(1, 5, 1, 8)
-        assert explain(x, x, x).splitlines()[0].strip() == "triton: can run, but auto passes over it: name it"
+        assert "triton: can run, but auto passes over it: name it" in explain(x, x, x)
     finally:
         monkeypatch.undo()
         registry.resolve.cache_clear()

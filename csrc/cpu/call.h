@@ -12,8 +12,7 @@ TSK_INLINE int64_t round_up(int64_t n, int64_t m) { return (n + m - 1) / m * m; 
 TSK_INLINE int64_t largest(int64_t n, int64_t m) { return n > m ? n : m; }
 TSK_INLINE int64_t at_most(int64_t n, int64_t m) { return n < m ? n : m; }
 
-// --- rows of a tensor
-// ---------------------------------------------------------------------------------------------------
+// --- rows of a tensor -----------------------------------------------------------------------------------------------
 
 template <class T>
 T* row_of(const TskTensor& x, int64_t b, int64_t h, int64_t token) {
@@ -95,8 +94,7 @@ Compute<T> dot_row(const Compute<T>* x, const T* y, int64_t D) {
   return hsum<C>(sum);
 }
 
-// --- softmax
-// --------------------------------------------------------------------------------------------------------------
+// --- softmax --------------------------------------------------------------------------------------------------------
 
 // s [n, padded] -> exp(s - top), zero from n on; returns the sum.
 template <class C>
@@ -125,8 +123,7 @@ C softmax_row(C* s, int64_t n, C* top) {
   return C(1) / exp_row<C>(s, n, *top);
 }
 
-// --- one call
-// -------------------------------------------------------------------------------------------------------------
+// --- one call -------------------------------------------------------------------------------------------------------
 
 template <class C>
 struct Scratch {  // bump allocation over the caller's workspace, in 64-byte steps

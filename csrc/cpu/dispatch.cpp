@@ -31,8 +31,7 @@ int32_t fail(int32_t status, const char* format, Args... args) {
   return status;
 }
 
-// --- instruction sets
-// ---------------------------------------------------------------------------------------------------
+// --- instruction sets -----------------------------------------------------------------------------------------------
 
 constexpr int kMaxIsas = 4;
 struct Isas {
@@ -69,8 +68,7 @@ const Isas& isas() {
 }
 const Kernels* current = isas().usable[0];
 
-// --- threads
-// ------------------------------------------------------------------------------------------------------------
+// --- threads --------------------------------------------------------------------------------------------------------
 
 using Body = void (*)(int64_t begin, int64_t end, void* context);
 using ParallelFor = int32_t (*)(int64_t begin, int64_t end, int64_t grain, Body, void* context);
@@ -94,8 +92,7 @@ void parallel(const Job& job, void (*body)(const Job&, int64_t)) {
     run_range(0, job.workers, &phase);
 }
 
-// --- checks
-// -------------------------------------------------------------------------------------------------------------
+// --- checks ---------------------------------------------------------------------------------------------------------
 
 int64_t product(const TskAxis* axes) {
   int64_t n = 1;

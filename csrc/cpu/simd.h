@@ -79,8 +79,7 @@ TSK_INLINE void store(C* p, Vec<C> v) {
   memcpy(p, &v, sizeof v);
 }
 
-// --- conversions
-// ------------------------------------------------------------------------------------------------------
+// --- conversions ----------------------------------------------------------------------------------------------------
 
 TSK_INLINE float bits_to_float(uint32_t u) {
   float f;
@@ -201,8 +200,7 @@ TSK_INLINE void store_as(BFloat16* p, Vec<float> v) {
 }
 #endif
 
-// --- reductions and lanes
-// -----------------------------------------------------------------------------------------------
+// --- reductions and lanes -------------------------------------------------------------------------------------------
 
 template <class C>
 TSK_INLINE Vec<C> max(Vec<C> a, Vec<C> b) {
@@ -279,8 +277,7 @@ TSK_INLINE void transpose(Vec<C>* r) {
   }
 }
 
-// --- exp
-// ------------------------------------------------------------------------------------------------------------------
+// --- exp ------------------------------------------------------------------------------------------------------------
 
 // exp(x) for x <= 0, relative error below 1e-7 (measured: 8.7e-8 over the range); exactly 0 under -87.3 (and so for
 // -inf), NaN for NaN. x = n ln2 + r with n rounded to nearest, |r| <= ln2 / 2; the polynomial is fitted (minimax,

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from . import __version__, native, registry
+from . import __version__, native, native_cuda, registry
 
 HEAD_DIM = 64  # that of every published TimeSformer
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -42,11 +42,11 @@ def _stale(build: dict) -> bool | None:
 def _libraries() -> dict:
     """Per native library: whether it can be called, else why not, and what the build recorded."""
     build = native.build_info()
-    loaded, reason = native.library()
-    cuda = build.get("_cuda", {}).get("status", "no build record; reinstall the package")
+    stale = _stale(build)
+    found = {"_cpu": native.library(), "_cuda": native_cuda.library()}
     return {
-        "_cpu": {"ok": loaded is not None, "reason": reason, "stale": _stale(build), "build": build.get("_cpu")},
-        "_cuda": {"ok": False, "reason": cuda, "stale": None, "build": build.get("_cuda")},
+        name: {"ok": lib is not None, "reason": reason, "stale": stale if lib else None, "build": build.get(name)}
+        for name, (lib, reason) in found.items()
     }
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The native libraries: loads them, checks that they speak our ABI, and remembers why one is missing.
+"""The native libraries: opens them and checks that they speak our ABI; runs the CPU one. `native_cuda` runs the other.
 
 The core is plain C (csrc/abi.h) called through ctypes, so one build serves every Python and every torch. Its parameter
 struct is mirrored here, once, as a format string: packing fifty numbers this way costs a microsecond.
@@ -17,16 +17,16 @@ import torch
 
 from .grid import View
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 MAX_AXES = 3
 HERE = Path(__file__).parent
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 CLS_CODES = {"none": 0, "exclude": 1, "per_group": 2, "key": 3, "global": 4}
 
 # struct TskAttention, field for field: eight tensors {pointer, strides of batch, token, head}; groups and sequence,
-# MAX_AXES pairs {size, step} each; batch, tokens, heads, head_dim; scale; cls_weights, workspace, max_threads;
+# MAX_AXES pairs {size, step} each; batch, tokens, heads, head_dim; scale; cls_weights, workspace, stats, max_threads;
 # dtype and cls codes.
-_PARAMS = struct.Struct("32q" + f"{4 * MAX_AXES}q" + "4q" + "d" + "3q" + "2i")
+_PARAMS = struct.Struct("32q" + f"{4 * MAX_AXES}q" + "4q" + "d" + "4q" + "2i")
 _NO_TENSOR = (0, 0, 0, 0)
 
 
@@ -37,25 +37,32 @@ def build_info() -> dict:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
-@cache
-def library() -> tuple[ctypes.CDLL | None, str | None]:
-    """(the CPU library, None), or (None, the reason why it is missing)."""
-    path = HERE / "_cpu.so"
+def open_library(path: Path, kind: str) -> tuple[ctypes.CDLL | None, str | None]:
+    """(the library at path, None), or (None, the reason why it is missing or cannot be used). kind: "CPU" or "CUDA"."""
     if not path.exists():
-        status = build_info().get("_cpu", {}).get("status", "no build record found")
-        return None, f"the CPU library was not built ({status})"
+        status = build_info().get(path.stem, {}).get("status", "no build record found")
+        return None, f"the {kind} library was not built ({status})"
     try:
         lib = ctypes.CDLL(str(path))
         versions = lib.tsk_abi_version(), lib.tsk_attention_size()
     except (OSError, AttributeError) as error:
-        return None, f"the CPU library does not load ({error}); reinstall the package"
+        return None, f"the {kind} library does not load ({error}); reinstall the package"
     if versions != (ABI_VERSION, _PARAMS.size):
         return (
             None,
-            f"the CPU library has ABI {versions}, this Python code needs {ABI_VERSION, _PARAMS.size}; reinstall",
+            f"the {kind} library has ABI {versions}, this Python code needs {ABI_VERSION, _PARAMS.size}; reinstall",
         )
-    for name in ("tsk_last_error", "tsk_isa", "tsk_isas"):
-        getattr(lib, name).restype = ctypes.c_char_p
+    lib.tsk_last_error.restype = ctypes.c_char_p
+    return lib, None
+
+
+@cache
+def library() -> tuple[ctypes.CDLL | None, str | None]:
+    """(the CPU library, None), or (None, the reason why it is missing)."""
+    lib, reason = open_library(HERE / "_cpu.so", "CPU")
+    if lib is None:
+        return None, reason
+    lib.tsk_isa.restype = lib.tsk_isas.restype = ctypes.c_char_p
     lib.tsk_attn_workspace.restype = ctypes.c_int64
     lib.tsk_attn_workspace.argtypes = (ctypes.c_char_p, ctypes.c_int32)
     lib.tsk_attn_fwd.argtypes = lib.tsk_attn_bwd.argtypes = (ctypes.c_char_p,)
@@ -111,16 +118,17 @@ def _tensor(x):
     return _NO_TENSOR if x is None else (x.data_ptr(), *x.stride()[:3])
 
 
-def _params(tensors, shape, dtype, view, scale, weights, workspace, threads) -> bytes:
+def params(tensors, shape, dtype, view, scale, weights, workspace, stats, threads) -> bytes:
+    """struct TskAttention. tensors: q, k, v, out, dout, dq, dk, dv, or None; weights, workspace, stats: addresses."""
     axes, codes = _view_numbers(view, dtype)
     numbers = [n for x in tensors for n in _tensor(x)]
-    return _PARAMS.pack(*numbers, *axes, *shape, scale, weights, workspace, threads, *codes)
+    return _PARAMS.pack(*numbers, *axes, *shape, scale, weights, workspace, stats, threads, *codes)
 
 
 @lru_cache(maxsize=4096)
 def _workspace_bytes(shape, dtype, view, threads, backward: bool) -> int:
-    params = _params([None] * 8, shape, dtype, view, 1.0, 0, 0, threads)
-    return _checked(_loaded().tsk_attn_workspace(params, backward))
+    empty = params([None] * 8, shape, dtype, view, 1.0, 0, 0, 0, threads)
+    return _checked(_loaded().tsk_attn_workspace(empty, backward))
 
 
 def _checked(status: int) -> int:
@@ -141,5 +149,5 @@ def attention(q, k, v, out, view, scale, cls_weights, grads=None) -> None:
     start = -(-workspace.data_ptr() // 64) * 64
     weights = 0 if cls_weights is None else cls_weights.data_ptr()
     tensors = (q, k, v, out, *(grads or (None,) * 4))
-    params = _params(tensors, shape, dtype, view, scale, weights, start, threads)
-    _checked(lib.tsk_attn_fwd(params) if grads is None else lib.tsk_attn_bwd(params))
+    call = params(tensors, shape, dtype, view, scale, weights, start, 0, threads)
+    _checked(lib.tsk_attn_fwd(call) if grads is None else lib.tsk_attn_bwd(call))

@@ -2,7 +2,8 @@
 """Backends in the order in which `auto` tries them. They never import one another."""
 
 from ..registry import register
-from . import cpp, reference, triton
+from . import cpp, cuda, reference, triton
 
-for _module in (triton, cpp, reference):
+# Triton before CUDA C++ until both have been measured on a GPU, shape by shape.
+for _module in (triton, cuda, cpp, reference):
     register(_module.BACKEND)

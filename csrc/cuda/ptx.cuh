@@ -1,0 +1,209 @@
+// SPDX-License-Identifier: Apache-2.0
+// The only place where device code differs between a GPU and the CPU: under nvcc the functions below are inline PTX,
+// under a host compiler calls of simt.h, which runs threads as fibers. Kernels include this header, hold no assembly
+// themselves, and declare shared memory with SHARED(T, name, [n][m]) or SHARED_DYN(T, name).
+//
+// Lane 4 g + t of a warp, in the layouts of mma.m16n8k16 (two 16-bit elements to a register, the first in the low
+// half):
+//   A 16x16: a0 = A[g][2t, 2t+1]  a1 = A[g+8][2t, 2t+1]  a2 = A[g][2t+8, 2t+9]  a3 = A[g+8][2t+8, 2t+9]
+//   B 16x8:  b0 = B[2t, 2t+1][g]  b1 = B[2t+8, 2t+9][g]
+//   C 16x8:  c0, c1 = C[g][2t, 2t+1]  c2, c3 = C[g+8][2t, 2t+1]
+#pragma once
+#include <stdint.h>
+#ifdef __CUDACC__
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#define SHARED(T, name, dims) __shared__ T name dims
+#define SHARED_DYN(T, name)                                        \
+  extern __shared__ __align__(128) unsigned char dynamic_shared[]; \
+  T* name = reinterpret_cast<T*>(dynamic_shared)
+#define LAUNCH(kernel, blocks, threads, shared_bytes, stream, ...) \
+  (kernel)<<<(blocks), (threads), (shared_bytes), (stream)>>>(__VA_ARGS__)
+#else
+#include "simt.h"
+#define LAUNCH(kernel, blocks, threads, shared_bytes, stream, ...) \
+  ((void)(stream), simt::launch((kernel), (blocks), (threads), (shared_bytes), __VA_ARGS__))
+#endif
+#define DEVICE __device__ __forceinline__
+
+namespace tsk {
+
+typedef __nv_bfloat16 bfloat16;
+typedef __half float16;
+template <class T>
+constexpr bool kIsHalf = false;
+template <>
+inline constexpr bool kIsHalf<float16> = true;
+
+// c += A(16x16) B(16x8), operands of type T (bfloat16 or float16), float32 accumulators
+template <class T>
+DEVICE void mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
+#ifdef __CUDACC__
+  if constexpr (kIsHalf<T>)
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+  else
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+#else
+  const auto x = simt::mma<kIsHalf<T>>({{a0, a1, a2, a3}, {b0, b1}, {c[0], c[1], c[2], c[3]}});
+  for (int i = 0; i < 4; i++) c[i] = x.d[i];
+#endif
+}
+
+// The transpose of one 8x8 block of 16-bit elements that the warp holds: lane 4 g + t has elements 2t, 2t+1 of row g.
+DEVICE uint32_t transposed(uint32_t x) {
+#ifdef __CUDACC__
+  uint32_t y;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0,%1;" : "=r"(y) : "r"(x));
+  return y;
+#else
+  return simt::movmatrix_trans(x);
+#endif
+}
+
+// N (1, 2, 4) 8x8 matrices of 16-bit elements from shared memory; lane 8 i + r points to row r of matrix i.
+template <int N, bool TRANS = false>
+DEVICE void ldmatrix(uint32_t (&r)[N], const void* row) {
+  static_assert(N == 1 || N == 2 || N == 4, "ldmatrix loads 1, 2 or 4 matrices");
+#ifdef __CUDACC__
+  const uint32_t p = uint32_t(__cvta_generic_to_shared(row));
+  if constexpr (N == 1 && !TRANS)
+    asm volatile("ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%0},[%1];" : "=r"(r[0]) : "r"(p) : "memory");
+  if constexpr (N == 1 && TRANS)
+    asm volatile("ldmatrix.sync.aligned.m8n8.x1.trans.shared.b16 {%0},[%1];" : "=r"(r[0]) : "r"(p) : "memory");
+  if constexpr (N == 2 && !TRANS)
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0,%1},[%2];" : "=r"(r[0]), "=r"(r[1]) : "r"(p) : "memory");
+  if constexpr (N == 2 && TRANS)
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0,%1},[%2];"
+                 : "=r"(r[0]), "=r"(r[1])
+                 : "r"(p)
+                 : "memory");
+  if constexpr (N == 4 && !TRANS)
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3},[%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(p)
+                 : "memory");
+  if constexpr (N == 4 && TRANS)
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3},[%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(p)
+                 : "memory");
+#else
+  const auto x = simt::ldmatrix<N, TRANS>(row);
+  for (int i = 0; i < N; i++) r[i] = x.r[i];
+#endif
+}
+
+// 16 bytes from global to shared memory without a register; of these the bytes from n on become zero
+DEVICE void cp_async16(void* dst, const void* src, int n = 16) {
+#ifdef __CUDACC__
+  asm volatile("cp.async.cg.shared.global [%0],[%1],16,%2;" ::"r"(uint32_t(__cvta_generic_to_shared(dst))), "l"(src),
+               "r"(n)
+               : "memory");
+#else
+  simt::cp_async<16>(dst, src, n);
+#endif
+}
+DEVICE void cp_async_commit() {
+#ifdef __CUDACC__
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#else
+  simt::cp_async_commit();
+#endif
+}
+// Until at most LEFT of this thread's groups are under way. Other threads' copies: a barrier after it.
+template <int LEFT>
+DEVICE void cp_async_wait() {
+#ifdef __CUDACC__
+  asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory");
+#else
+  simt::cp_async_wait(LEFT);
+#endif
+}
+
+// 16 aligned bytes that nobody writes during the kernel
+DEVICE uint4 load16(const void* p) { return __ldg(static_cast<const uint4*>(p)); }
+// Written as one instruction: the compiler may take an assignment of a uint4 apart.
+DEVICE void store16(void* p, uint4 x) {
+#ifdef __CUDACC__
+  asm volatile("st.global.v4.u32 [%0],{%1,%2,%3,%4};" ::"l"(p), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w) : "memory");
+#else
+  simt::aligned<uint4>(p) = x;
+#endif
+}
+
+// Two floats rounded to the nearest even T, `low` in the low half
+template <class T>
+DEVICE uint32_t pack(float low, float high) {
+#ifdef __CUDACC__
+  uint32_t r;
+  if constexpr (kIsHalf<T>)
+    asm("cvt.rn.f16x2.f32 %0,%1,%2;" : "=r"(r) : "f"(high), "f"(low));
+  else
+    asm("cvt.rn.bf16x2.f32 %0,%1,%2;" : "=r"(r) : "f"(high), "f"(low));
+  return r;
+#else
+  return T(low).u | uint32_t(T(high).u) << 16;
+#endif
+}
+// The two elements of a register as floats
+template <class T>
+DEVICE float2 unpack(uint32_t x) {
+#ifdef __CUDACC__
+  if constexpr (kIsHalf<T>)
+    return __half22float2(*reinterpret_cast<const __half2*>(&x));
+  else
+    return make_float2(__uint_as_float(x << 16), __uint_as_float(x & 0xFFFF0000u));
+#else
+  T low, high;
+  low.u = uint16_t(x), high.u = uint16_t(x >> 16);
+  return {float(low), float(high)};
+#endif
+}
+
+// Collects in `seen` (0 at first) whether any element of many registers was not finite: see all_finite().
+template <class T>
+DEVICE uint32_t note_finite(uint32_t seen, uint32_t x) {
+#ifdef __CUDACC__  // + 0 * x, which is NaN where x is not finite
+  const uint32_t zero = 0;
+  if constexpr (kIsHalf<T>)
+    asm("fma.rn.f16x2 %0,%1,%2,%0;" : "+r"(seen) : "r"(x), "r"(zero));
+  else
+    asm("fma.rn.bf16x2 %0,%1,%2,%0;" : "+r"(seen) : "r"(x), "r"(zero));
+  return seen;
+#else
+  const float2 y = unpack<T>(x), z = unpack<T>(seen);
+  return pack<T>(z.x + 0.0f * y.x, z.y + 0.0f * y.y);
+#endif
+}
+// Whether all that a warp has noted was finite
+DEVICE bool all_finite(uint32_t seen) { return __all_sync(~0u, (seen & 0x7FFF7FFFu) == 0); }
+
+// 2^x; a GPU's result is within 2 ulp, and zero where it would be subnormal
+DEVICE float ex2(float x) {
+#ifdef __CUDACC__
+  float y;
+  asm("ex2.approx.ftz.f32 %0,%1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  const float y = exp2f(x);
+  return y < 0x1p-126f ? 0.0f : y;
+#endif
+}
+// 1/x within 1 ulp
+DEVICE float reciprocal(float x) {
+#ifdef __CUDACC__
+  float y;
+  asm("rcp.approx.ftz.f32 %0,%1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return 1.0f / x;
+#endif
+}
+
+}  // namespace tsk

@@ -1,0 +1,441 @@
+// SPDX-License-Identifier: Apache-2.0
+// Sequences of at most 16 members (time attention) in registers: no shared memory, no barrier, no atomics, and a
+// backward that needs neither the output nor statistics.
+//
+// A warp has one head of 16 rows: as many whole sequences as fit. Lane 4 g + t holds rows g (`a`) and g + 8 (`b`), of
+// each elements 32 c + 8 t + 0..7 for every c: one 16-byte load. Register 4 c + r has 32 c + 8 t + 2 r + {0, 1}.
+//   q k^T:  both operands permute the head dimension alike, so the registers are the fragments as they are.
+//   p v:    a transpose of each register makes the other fragment. Its column n is element
+//           32 c + 8 (n / 2) + 2 r + n % 2, so that the sums of four registers are eight consecutive elements of rows
+//           g and g + 8: one 16-byte store.
+//   p:      sums of a product are in the layout of a left operand. p^T takes transposes, the two off-diagonal blocks
+//           swapped.
+//
+// Scores of two sequences are discarded, but products with them still meet the neighbour's rows with weight zero, and
+// zero times NaN is NaN. So where something is not finite the last products are done for one sequence at a time.
+#pragma once
+#include "problem.cuh"
+
+namespace tsk {
+
+constexpr int kShortRows = 16;  // of a warp
+constexpr int kShortWarps = 4;  // of a block, one head each
+constexpr float kLog2e = 1.44269504088896f;
+constexpr float kLn2 = 0.693147180559945f;
+
+// A 1-D grid over batch x tiles x fours of heads, the last fastest.
+struct ShortGrid {
+  Divisor heads, tiles;
+  uint32_t pack, inverse;  // sequences of a tile; 256 / M rounded up: r * inverse / 256 is r / M for r < 16
+  int64_t count;
+
+  __host__ explicit ShortGrid(const Problem& p) : pack(kShortRows / p.members), inverse((255 + p.members) / p.members) {
+    const int64_t fours = (int64_t(p.heads) + kShortWarps - 1) / kShortWarps, n = (p.groups + int64_t(pack) - 1) / pack;
+    heads = Divisor(uint32_t(fours)), tiles = Divisor(uint32_t(n));
+    count = p.batch * fours * n;
+  }
+};
+
+// What one of the 16 rows is. MEMBERS: M without a class row where a kernel is made for it (8, 16), else 0.
+struct ShortRow {
+  int sequence, member, group;  // sequence: of the tile
+  int32_t token;
+  bool exists;
+};
+
+template <int MEMBERS>
+DEVICE ShortRow short_row(const Problem& p, const ShortGrid& grid, int tile, int index) {
+  ShortRow row;
+  if constexpr (MEMBERS != 0) {
+    row.sequence = index / MEMBERS, row.member = index % MEMBERS;
+    row.group = tile * (kShortRows / MEMBERS) + row.sequence;
+    row.exists = MEMBERS == kShortRows || row.group < p.groups;
+  } else {
+    row.sequence = int(uint32_t(index) * grid.inverse >> 8), row.member = index - row.sequence * p.members;
+    row.group = tile * int(grid.pack) + row.sequence;
+    row.exists = uint32_t(row.sequence) < grid.pack && row.group < p.groups;
+  }
+  if (!row.exists) row.group = 0;  // an address there is
+  if constexpr (MEMBERS != 0)
+    row.token = group_row(p, row.group) + p.sequence.walk(row.member);
+  else
+    row.token = member_row(p, group_row(p, row.group), row.member);
+  return row;
+}
+
+// The warp's place in the call, and its lane's.
+template <int MEMBERS>
+struct ShortTile {
+  int batch, head, g, t;
+  bool first_tile;  // of the clip
+  ShortRow a, b;
+  uint32_t seen;  // MEMBERS == 0: bit 4 n + i, whether element i of the sums of keys 8 n to 8 n + 7 is a score
+
+  DEVICE ShortTile(const Problem& p, const ShortGrid& grid) {
+    uint32_t four = blockIdx.x, tile = split(four, grid.heads);  // a remainder stays in the first argument
+    batch = int(split(tile, grid.tiles)), first_tile = tile == 0;
+    const int lane = threadIdx.x & 31;
+    head = int(four) * kShortWarps + int(threadIdx.x >> 5), g = lane >> 2, t = lane & 3;
+    a = short_row<MEMBERS>(p, grid, int(tile), g), b = short_row<MEMBERS>(p, grid, int(tile), g + 8);
+    seen = 0;
+    if constexpr (MEMBERS == 0)
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        const ShortRow& row = i & 2 ? b : a;
+        const int key = int(uint32_t(2 * t + (i & 1) + 8 * (i >> 2)) * grid.inverse >> 8);
+        seen |= uint32_t(asks(p, row) && key == row.sequence) << i;
+      }
+  }
+
+  // Whether a row is a query: the class row is none for kKey.
+  static DEVICE bool asks(const Problem& p, const ShortRow& row) {
+    return row.exists && (MEMBERS != 0 || p.role != kKey || row.member != 0);
+  }
+  // Whether a row is the class row.
+  static DEVICE bool is_class(const Problem& p, const ShortRow& row) {
+    return MEMBERS == 0 && p.role != kNoMember && row.member == 0;
+  }
+  // Whether element i of the sums of keys 8 n to 8 n + 7 is a score of a query that exists.
+  DEVICE bool sees(int n, int i) const {
+    if constexpr (MEMBERS == 8) return n == i / 2;
+    if constexpr (MEMBERS == 16) return true;
+    return seen >> (4 * n + i) & 1;
+  }
+};
+
+// --- rows in and out ------------------------------------------------------------------------------------------------
+
+// 16 rows in registers, as the head of this file says.
+template <int D>
+struct ShortRows {
+  uint32_t a[D / 8], b[D / 8];
+};
+
+template <int D, class T>
+DEVICE void load_short_row(uint32_t (&to)[D / 8], const T* row, bool exists) {
+#pragma unroll
+  for (int c = 0; c < D / 32; ++c) {
+    const uint4 x = exists ? load16(row + 32 * c) : make_uint4(0, 0, 0, 0);
+    to[4 * c] = x.x, to[4 * c + 1] = x.y, to[4 * c + 2] = x.z, to[4 * c + 3] = x.w;
+  }
+}
+
+// Rows of one tensor; those of a query that is none are zero.
+template <class T, int D, int MEMBERS>
+DEVICE ShortRows<D> load_short(const Problem& p, const ShortTile<MEMBERS>& tile, const Tensor& x, bool queries) {
+  ShortRows<D> rows;
+  const T* head = head_of<const T>(x, tile.batch, tile.head) + 8 * tile.t;
+  load_short_row<D>(rows.a, row_of(head, x, tile.a.token), queries ? tile.asks(p, tile.a) : tile.a.exists);
+  load_short_row<D>(rows.b, row_of(head, x, tile.b.token), queries ? tile.asks(p, tile.b) : tile.b.exists);
+  return rows;
+}
+
+// Eight consecutive elements of row g (half 0) or g + 8 (half 1) from the sums of four registers.
+template <class T>
+DEVICE void store_short(T* to, const float (&sum)[4][4], int half, float factor) {
+  uint32_t x[4];
+#pragma unroll
+  for (int r = 0; r < 4; ++r) x[r] = pack<T>(sum[r][2 * half] * factor, sum[r][2 * half + 1] * factor);
+  store16(to, make_uint4(x[0], x[1], x[2], x[3]));
+}
+DEVICE void store_short_part(float* to, const float (&sum)[4][4], int half, float factor) {
+#pragma unroll
+  for (int r = 0; r < 4; r += 2) {
+    uint32_t x[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) x[i] = __float_as_uint(sum[r + i / 2][2 * half + i % 2] * factor);
+    store16(to + 2 * r, make_uint4(x[0], x[1], x[2], x[3]));
+  }
+}
+
+// Zeros for the class row of one head, which takes no part.
+template <class T, int D>
+DEVICE void store_short_zeros(const Tensor& x, int batch, int head) {
+  T* row = head_of<T>(x, batch, head);
+  for (int d = 8 * int(threadIdx.x & 31); d < D; d += 256) store16(row + d, make_uint4(0, 0, 0, 0));
+}
+
+// --- products -------------------------------------------------------------------------------------------------------
+
+// sums[n] = x y^T for the rows of y from 8 n on, 16 x 8 each
+template <class T, int D>
+DEVICE void inner_short(float (&sums)[2][4], const ShortRows<D>& x, const ShortRows<D>& y) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) sums[0][i] = sums[1][i] = 0;
+#pragma unroll
+  for (int s = 0; s < D / 8; s += 2) {
+    mma<T>(sums[0], x.a[s], x.b[s], x.a[s + 1], x.b[s + 1], y.a[s], y.a[s + 1]);
+    mma<T>(sums[1], x.a[s], x.b[s], x.a[s + 1], x.b[s + 1], y.b[s], y.b[s + 1]);
+  }
+}
+
+// The 16 x 16 weights of keys as a left operand, or their transpose. MEMBERS == 8: the off-diagonal blocks are zero.
+template <class T>
+DEVICE void pack_weights(uint32_t (&w)[4], const float (&p)[2][4]) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) w[i] = pack<T>(p[i >> 1][2 * (i & 1)], p[i >> 1][2 * (i & 1) + 1]);
+}
+template <int MEMBERS>
+DEVICE void transpose_weights(uint32_t (&to)[4], const uint32_t (&w)[4]) {
+  to[0] = transposed(w[0]), to[3] = transposed(w[3]);
+  to[1] = MEMBERS == 8 ? 0u : transposed(w[2]), to[2] = MEMBERS == 8 ? 0u : transposed(w[1]);
+}
+
+// w x of a tile, the rows of x with the masks keep_a and keep_b, and out: store(c, sums) for every 32 columns.
+template <class T, int D, class Store>
+DEVICE void mix_short(const uint32_t (&w)[4], const ShortRows<D>& x, uint32_t keep_a, uint32_t keep_b, Store store) {
+#pragma unroll
+  for (int c = 0; c < D / 32; ++c) {
+    float sums[4][4] = {};
+#pragma unroll
+    for (int r = 0; r < 4; ++r)
+      mma<T>(sums[r], w[0], w[1], w[2], w[3], transposed(x.a[4 * c + r] & keep_a), transposed(x.b[4 * c + r] & keep_b));
+    store(c, sums);
+  }
+}
+
+template <class T, int D>
+DEVICE uint32_t note_rows(uint32_t seen, const ShortRows<D>& x) {
+#pragma unroll
+  for (int i = 0; i < D / 8; ++i) seen = note_finite<T>(note_finite<T>(seen, x.a[i]), x.b[i]);
+  return seen;
+}
+
+// once(part) for all sequences of a tile together (-1), or, where something is not finite, one after the other.
+template <int MEMBERS, class Once>
+DEVICE void by_sequence(const ShortGrid& grid, bool fine, Once once) {
+  const int parts = MEMBERS != 0 ? kShortRows / (MEMBERS == 0 ? 1 : MEMBERS) : int(grid.pack);
+  for (int part = fine || parts == 1 ? -1 : 0;;) {
+    once(part);
+    if (part < 0 || ++part == parts) break;
+  }
+}
+
+// --- softmax --------------------------------------------------------------------------------------------------------
+
+// Over the four lanes that hold a row
+DEVICE float quad_max(float x) {
+  x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
+  return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
+}
+DEVICE float quad_sum(float x) {
+  x += __shfl_xor_sync(~0u, x, 1);
+  return x + __shfl_xor_sync(~0u, x, 2);
+}
+
+// Largest scaled score, in units of log2, and sum of the exponentials, of rows g and g + 8
+struct ShortSums {
+  float top[2], total[2];
+};
+
+// s = 2^(s * scale - top), zero where a query does not see a key
+template <int MEMBERS>
+DEVICE ShortSums exponentials(float (&s)[2][4], const ShortTile<MEMBERS>& tile, float scale) {
+  ShortSums out;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    float top = -INFINITY, total = 0;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const int n = j >> 1, i = 2 * half + (j & 1);
+      s[n][i] *= scale;
+      if (tile.sees(n, i)) top = fmaxf(top, s[n][i]);
+    }
+    top = quad_max(top);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const int n = j >> 1, i = 2 * half + (j & 1);
+      s[n][i] = tile.sees(n, i) ? ex2(s[n][i] - top) : 0.0f;  // selected: the neighbours' scores may be NaN
+      total += s[n][i];
+    }
+    out.top[half] = top, out.total[half] = quad_sum(total);
+  }
+  return out;
+}
+
+// --- kernels --------------------------------------------------------------------------------------------------------
+
+// Blocks that an SM is to hold: few enough that registers suffice for all rows of a tile at once. Left to itself the
+// assembler spills to fit one block more.
+constexpr int short_blocks(int D, int members, bool backward) {
+  if (backward) return D == 128 ? 2 : 3;
+  return D == 128 ? 4 : members == 0 ? 5 : 6;
+}
+
+template <class T, int D, int MEMBERS>
+__global__ void __launch_bounds__(32 * kShortWarps, short_blocks(D, MEMBERS, false))
+    short_forward_kernel(const __grid_constant__ Problem p, const __grid_constant__ ShortGrid grid) {
+  const ShortTile<MEMBERS> tile(p, grid);
+  if (tile.head >= p.heads) return;
+  const auto q = load_short<T, D>(p, tile, p.q, true);
+  const auto k = load_short<T, D>(p, tile, p.k, false);
+  const auto v = load_short<T, D>(p, tile, p.v, false);
+  if (p.first == 1 && p.role <= kKey && tile.first_tile) store_short_zeros<T, D>(p.out, tile.batch, tile.head);
+  float s[2][4];
+  inner_short<T, D>(s, q, k);
+  const ShortSums sums = exponentials(s, tile, p.scale * kLog2e);
+  uint32_t w[4];
+  pack_weights<T>(w, s);
+
+  const auto finish = [&](const ShortRow& row, int half, int part, int c, const float (&sum)[4][4]) {
+    if (!tile.asks(p, row) || (part >= 0 && row.sequence != part)) return;
+    const float factor = reciprocal(sums.total[half]);
+    const int d = 32 * c + 8 * tile.t;
+    if (tile.is_class(p, row))
+      store_short_part(p.parts + part_index(p, tile.batch, tile.head, row.group) * D + d, sum, half, factor);
+    else
+      store_short(row_of(head_of<T>(p.out, tile.batch, tile.head) + d, p.out, row.token), sum, half, factor);
+  };
+  const bool fine = MEMBERS == 16 || all_finite(note_rows<T, D>(0, v));
+  by_sequence<MEMBERS>(grid, fine, [&](int part) {
+    const uint32_t keep_a = part < 0 || tile.a.sequence == part ? ~0u : 0,
+                   keep_b = part < 0 || tile.b.sequence == part ? ~0u : 0;
+    mix_short<T, D>(w, v, keep_a, keep_b, [&](int c, const float (&sum)[4][4]) {
+      finish(tile.a, 0, part, c, sum);
+      finish(tile.b, 1, part, c, sum);
+    });
+  });
+  if (p.stats && tile.t == 0)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const ShortRow& row = half ? tile.b : tile.a;
+      if (!tile.asks(p, row)) continue;
+      float* to = p.stats + 2 * row_index(p, tile.batch, tile.head, row.group, row.member);
+      to[0] = sums.top[half] * kLn2, to[1] = sums.total[half];
+    }
+}
+
+template <class T, int D, int MEMBERS>
+__global__ void __launch_bounds__(32 * kShortWarps, short_blocks(D, MEMBERS, true))
+    short_backward_kernel(const __grid_constant__ Problem p, const __grid_constant__ ShortGrid grid) {
+  const ShortTile<MEMBERS> tile(p, grid);
+  if (tile.head >= p.heads) return;
+  const auto q = load_short<T, D>(p, tile, p.q, true);
+  const auto k = load_short<T, D>(p, tile, p.k, false);
+  const auto v = load_short<T, D>(p, tile, p.v, false);
+  const auto dout = load_short<T, D>(p, tile, p.dout, true);
+  if (p.first == 1 && p.role == kNoMember && tile.first_tile) {
+    store_short_zeros<T, D>(p.dq, tile.batch, tile.head);
+    store_short_zeros<T, D>(p.dk, tile.batch, tile.head);
+    store_short_zeros<T, D>(p.dv, tile.batch, tile.head);
+  }
+  float s[2][4], dp[2][4];
+  inner_short<T, D>(s, q, k);
+  const ShortSums sums = exponentials(s, tile, p.scale * kLog2e);
+  inner_short<T, D>(dp, dout, v);
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const ShortRow& row = half ? tile.b : tile.a;
+    const float factor = reciprocal(sums.total[half]);
+    float delta = 0;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const int n = j >> 1, i = 2 * half + (j & 1);
+      if (!tile.sees(n, i)) continue;
+      s[n][i] *= factor;
+      delta = fmaf(s[n][i], dp[n][i], delta);
+    }
+    delta = quad_sum(delta);
+    // What a group counts for in the class row's output is a factor of that row's dout.
+    const bool shared = MEMBERS == 0 && p.role == kPerGroup && row.member == 0 && row.exists;
+    const float share = shared ? class_share(p, tile.batch, row.group) : 1.0f;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const int n = j >> 1, i = 2 * half + (j & 1);
+      if (MEMBERS == 0) s[n][i] *= share;
+      dp[n][i] = tile.sees(n, i) ? s[n][i] * p.scale * (dp[n][i] - delta) : 0.0f;
+    }
+  }
+  uint32_t w[4], ds[4], wt[4], dst[4];
+  pack_weights<T>(w, s), pack_weights<T>(ds, dp);
+  transpose_weights<MEMBERS>(wt, w), transpose_weights<MEMBERS>(dst, ds);
+
+  const auto finish = [&](const Tensor& x, int which, const ShortRow& row, int half, int part, int c,
+                          const float (&sum)[4][4]) {
+    if (!(which == 0 ? tile.asks(p, row) : row.exists) || (part >= 0 && row.sequence != part)) return;
+    const int d = 32 * c + 8 * tile.t;
+    if (tile.is_class(p, row))
+      store_short_part(p.parts + (3 * part_index(p, tile.batch, tile.head, row.group) + which) * D + d, sum, half,
+                       1.0f);
+    else
+      store_short(row_of(head_of<T>(x, tile.batch, tile.head) + d, x, row.token), sum, half, 1.0f);
+  };
+  const bool fine = MEMBERS == 16 || all_finite(note_rows<T, D>(note_rows<T, D>(note_rows<T, D>(0, k), q), dout));
+  by_sequence<MEMBERS>(grid, fine, [&](int part) {
+    const uint32_t keep_a = part < 0 || tile.a.sequence == part ? ~0u : 0,
+                   keep_b = part < 0 || tile.b.sequence == part ? ~0u : 0;
+    const auto product = [&](const Tensor& x, int which, const uint32_t (&left)[4], const ShortRows<D>& right) {
+      mix_short<T, D>(left, right, keep_a, keep_b, [&](int c, const float (&sum)[4][4]) {
+        finish(x, which, tile.a, 0, part, c, sum);
+        finish(x, which, tile.b, 1, part, c, sum);
+      });
+    };
+    product(p.dq, 0, ds, k);
+    product(p.dk, 1, dst, q);
+    product(p.dv, 2, wt, dout);
+  });
+}
+
+// --- host -----------------------------------------------------------------------------------------------------------
+
+// Whether every row of a tensor [B, S, H, D] of 16-bit elements starts at a multiple of 16 bytes.
+inline bool rows_aligned(const Problem& p, const Tensor& x) {
+  return uintptr_t(x.data) % 16 == 0 && (p.batch == 1 || x.batch % 8 == 0) && (p.heads == 1 || x.head % 8 == 0) &&
+         (p.tokens == 1 || x.token % 8 == 0);
+}
+
+// Whether the kernels of tensor cores take a call's operands, those of a backward where p has them.
+inline bool half_operands(const Problem& p) {
+  if (p.dtype != TSK_BF16 && p.dtype != TSK_F16) return false;
+  if (p.head_dim != 32 && p.head_dim != 64 && p.head_dim != 128) return false;
+  if (p.groups < 1 || p.heads < 1) return false;
+  if (!rows_aligned(p, p.q) || !rows_aligned(p, p.k) || !rows_aligned(p, p.v)) return false;
+  if (!p.dq.data) return rows_aligned(p, p.out);
+  return rows_aligned(p, p.dout) && rows_aligned(p, p.dq) && rows_aligned(p, p.dk) && rows_aligned(p, p.dv);
+}
+
+// Whether the kernels of this file take a call.
+inline bool short_serves(const Problem& p) {
+  return p.members >= 1 && p.members <= kShortRows && p.role != kGlobal && half_operands(p) &&
+         ShortGrid(p).count <= INT32_MAX;
+}
+
+template <class T, int D, int MEMBERS>
+int32_t launch_short(const Problem& p, bool backward, cudaStream_t stream) {
+  const ShortGrid grid(p);
+  if (grid.count == 0) return TSK_OK;
+  const auto kernel = backward ? short_backward_kernel<T, D, MEMBERS> : short_forward_kernel<T, D, MEMBERS>;
+  LAUNCH(kernel, unsigned(grid.count), unsigned(32 * kShortWarps), size_t(0), stream, p, grid);
+  const cudaError_t error = cudaGetLastError();
+  if (error == cudaSuccess) return TSK_OK;
+  return fail(int32_t(error), "kernel short_%s: %s (CUDA error %d)", backward ? "backward" : "forward",
+              cudaGetErrorString(error), int(error));
+}
+
+template <class T, int D>
+int32_t launch_short(const Problem& p, bool backward, cudaStream_t stream) {
+  if (p.role == kNoMember && p.members == 8) return launch_short<T, D, 8>(p, backward, stream);
+  if (p.role == kNoMember && p.members == 16) return launch_short<T, D, 16>(p, backward, stream);
+  return launch_short<T, D, 0>(p, backward, stream);
+}
+
+template <class T>
+int32_t launch_short(const Problem& p, bool backward, cudaStream_t stream) {
+  if (p.head_dim == 32) return launch_short<T, 32>(p, backward, stream);
+  if (p.head_dim == 64) return launch_short<T, 64>(p, backward, stream);
+  return launch_short<T, 128>(p, backward, stream);
+}
+
+// out [B, S, H, D]; of kPerGroup the class row's into p.parts instead. p.stats where it is not null.
+template <class T>
+int32_t short_forward(const Problem& p, cudaStream_t stream) {
+  return launch_short<T>(p, false, stream);
+}
+
+// dq, dk, dv [B, S, H, D]; the class row's, where it is a member, into p.parts instead.
+template <class T>
+int32_t short_backward(const Problem& p, cudaStream_t stream) {
+  return launch_short<T>(p, true, stream);
+}
+
+}  // namespace tsk
