@@ -440,9 +440,12 @@ CLEAN = "========= COMPUTE-SANITIZER\n5 calls\n========= {} SUMMARY: 0 {}\n"
 @pytest.mark.parametrize("text", [MEMCHECK, RACECHECK], ids=["memcheck", "racecheck"])
 def test_errors_of_our_kernels_count(gpu, text):
     names = gpu.sanitizers.kernel_names()
-    assert {"resident_forward", "streaming_forward", "class_backward"} <= names
+    assert {"resident_forward", "streaming_forward", "class_backward", "short_forward_kernel"} <= names
     said = gpu.sanitizers.read("tool", text.format(kernel="resident_forward"), names)
     assert not said["ok"] and said["ours"][0]["kernel"] == "resident_forward"
+    template = "void tsk::short_forward_kernel<__nv_bfloat16, (int)64, (int)8>(tsk::Problem, tsk::ShortGrid)"
+    said = gpu.sanitizers.read("tool", text.format(kernel=template), names)
+    assert not said["ok"] and said["ours"][0]["kernel"] == "short_forward_kernel"
     said = gpu.sanitizers.read("tool", text.format(kernel="elementwise_kernel"), names)
     assert said["ok"] and not said["ours"] and said["others"][0]["kernel"] == "elementwise_kernel"
 

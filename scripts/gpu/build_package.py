@@ -64,6 +64,8 @@ def main() -> int:
     device = "cpu" if args.cpu else "cuda"
     reason = report["backends"][device]["bfloat16"]["triton"] if report else "the package does not import"
     checks.add("triton backend", reason is None, reason or "can run")
+    native = report["backends"][device]["bfloat16"]["cuda"] if report else "the package does not import"
+    checks.add("cuda backend", args.cpu or native is None, native or "can run")
     isas = ", ".join(report["cpu"]["usable_isas"]) if report else ""
     return checks.end(f"{way}; cpu: {isas}; triton can run")
 

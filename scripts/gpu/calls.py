@@ -3,12 +3,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from timesformer_kernels import fused, grid_attention_qkvpacked
+from timesformer_kernels import fused, grid_attention_qkvpacked, registry
 
 MODES = ("none", "exclude", "per_group", "key", "global")
 
@@ -24,10 +24,13 @@ class Attention:
     head_dim: int = 64
     heads: int = 2
     batch: int = 2
+    backend: str = "triton"
 
     def __str__(self):
         size = "x".join(map(str, self.grid))
-        return f"{self.scheme} {self.cls} {size} {self.dtype} {self.heads}x{self.head_dim} B={self.batch}"
+        return (
+            f"{self.backend}: {self.scheme} {self.cls} {size} {self.dtype} {self.heads}x{self.head_dim} B={self.batch}"
+        )
 
     def operands(self, device: str, seed: int = 0) -> list[Tensor]:
         height, width, frames = self.grid
@@ -38,7 +41,7 @@ class Attention:
         return [packed, torch.randn(self.batch, rows, self.heads, self.head_dim, **options)]
 
     def forward(self, packed: Tensor, dout: Tensor) -> tuple[Tensor, ...]:
-        options = dict(grid=self.grid, scheme=self.scheme, cls=self.cls, backend="triton")
+        options = dict(grid=self.grid, scheme=self.scheme, cls=self.cls, backend=self.backend)
         return (grid_attention_qkvpacked(packed, **options),)
 
     def both(self, packed: Tensor, dout: Tensor) -> tuple[Tensor, ...]:
@@ -118,4 +121,9 @@ def every_kernel(cpu: bool) -> list:
     long = [Attention("space", (15, 15, 2), cls) for cls in MODES]
     axes = [Attention(scheme, (4, 4, 4), "per_group") for scheme in ("height", "local", "global", "joint")]
     fused_steps += [AddLayerNorm(768, dtype="float32", skip_cls=False), BiasGelu(3072, dtype="float16")]
-    return [*packed, *streaming, *resident, *keeping, *long, *axes, *fused_steps]
+    calls = [*packed, *streaming, *resident, *keeping, *long, *axes]
+    if registry.get("cuda").why_not("cuda", torch.bfloat16, 64) is None:
+        native = [replace(call, backend="cuda") for call in calls]
+        wide = [replace(call, head_dim=128) for call in native if call.head_dim == 80]  # 80 is the plain kernel's
+        calls += [*native, *wide]
+    return [*calls, *fused_steps]

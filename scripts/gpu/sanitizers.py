@@ -19,7 +19,8 @@ from pathlib import Path
 from probe import Checks, options, skip
 
 PROGRAM = str(Path(__file__).with_name("sanitize.py"))
-KERNELS = Path(__file__).resolve().parents[2] / "kernels/timesformer_kernels/backends/triton"
+ROOT = Path(__file__).resolve().parents[2]
+KERNELS, CUDA = ROOT / "kernels/timesformer_kernels/backends/triton", ROOT / "csrc/cuda"
 TOOLS = ("memcheck", "racecheck", "initcheck")
 PLANTS = {"write": "memcheck", "read": "initcheck"}
 OPTIONS = {
@@ -35,7 +36,11 @@ UNSUPPORTED = ("Device not supported", "not supported on this device")
 def kernel_names() -> set[str]:
     """Names of all functions compiled for the GPU."""
     text = "".join(path.read_text(encoding="utf-8") for path in KERNELS.glob("*.py"))
-    return set(re.findall(r"^@triton\.jit(?:\(.*?\))?\ndef (\w+)", text, re.M | re.S))
+    cuda = "".join(path.read_text(encoding="utf-8") for path in CUDA.glob("*.cuh"))
+    return {
+        *re.findall(r"^@triton\.jit(?:\(.*?\))?\ndef (\w+)", text, re.M | re.S),
+        *re.findall(r"^__global__ void(?: __launch_bounds__\(.*?\))?\s+(\w+)\(const __grid_constant__", cuda, re.M),
+    }
 
 
 def records(output: str) -> list[dict]:
@@ -45,7 +50,7 @@ def records(output: str) -> list[dict]:
         head = text.splitlines()[0].strip()
         if not re.match(r"(Invalid|Uninitialized|Misaligned|Out-of-range|Error: |Warning: |Potential|Race)", head):
             continue
-        place = re.search(r"\bat (?:\S.*?[\s:])??(\w+)(?:\(.*?\))?\+0x", text)
+        place = re.search(r"\bat (?:\S.*?[\s:])??(\w+)(?:<.*>)?(?:\(.*?\))?\+0x", text)
         place = place or re.search(r"\bin (\w+)\s*$", text, re.M)
         found.append({"kind": head, "kernel": place[1] if place else None})
     return found
