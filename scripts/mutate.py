@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 
 from mutants import MUTANTS
+from mutants_cuda import MUTANTS as CUDA
 from mutants_triton import MUTANTS as TRITON
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -67,6 +68,11 @@ class Tree:
         )
         return link.stderr if link.returncode else None
 
+    def simulate(self):
+        """None, or the compiler's message: the CUDA kernels, compiled for the CPU where their tests will find them."""
+        done = subprocess.run([sys.executable, "tests/simt_build.py"], cwd=self.root, capture_output=True, text=True)
+        return done.stderr.strip()[-300:] if done.returncode else None
+
     def test(self, selection):
         """(exit status, what to print) of the tests in the copy; a crash counts as a failure."""
         environment = dict(
@@ -110,7 +116,7 @@ def main():
     parser.add_argument("--list", action="store_true", help="print the mutants and check their patterns, run nothing")
     parser.add_argument("--isa", default="baseline", choices=FLAGS, help="instruction set to compile for")
     options = parser.parse_args()
-    mutants = [m for m in (*MUTANTS, *TRITON) if options.only in m.name or options.only in m.file]
+    mutants = [m for m in (*MUTANTS, *TRITON, *CUDA) if options.only in m.name or options.only in m.file]
     stale = check_patterns(mutants)
     if options.list:
         print("\n".join(f"{m.file:45} {m.name}" for m in mutants))
@@ -135,8 +141,8 @@ def main():
             started, path = time.monotonic(), tree.root / mutant.file
             text = path.read_text(encoding="utf-8")
             path.write_text(text.replace(mutant.old, mutant.new), encoding="utf-8")
-            native = mutant.file.startswith("csrc/")
-            message = tree.build() if native else None
+            native = mutant.file.startswith("csrc/cpu/")
+            message = tree.build() if native else tree.simulate() if mutant.file.startswith("csrc/cuda/") else None
             status, line = (1, "does not compile") if message else tree.test(mutant.tests)
             verdict = {0: "SURVIVED", 1: "killed"}.get(status, "BROKEN") if not message else "BROKEN"
             path.write_text(text, encoding="utf-8")

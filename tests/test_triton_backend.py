@@ -150,7 +150,8 @@ import sys, torch
 from timesformer_kernels import explain, time_attention
 x = torch.randn(1, 9, 2, 8)
 print(explain(x, x, x).replace("\\n", " | "))
-print(torch.allclose(time_attention(x, x, x, frames=4), time_attention(x, x, x, frames=4, backend="reference")))
+plain = time_attention(x, x, x, frames=4, backend="reference")
+print(torch.allclose(time_attention(x, x, x, frames=4), plain, atol=1e-5))
 try:
     time_attention(x, x, x, frames=4, backend="triton")
 except RuntimeError as error:
