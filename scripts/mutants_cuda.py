@@ -51,10 +51,10 @@ MUTANTS = [
         LONG,
     ),
     Mutant(
-        "CUDA: the class row goes to out and not to its parts",
+        "CUDA: another row taken for the class row",
         RESIDENT,
-        "member >= p.members || (part && member == 0)) continue;",
-        "member >= p.members) continue;",
+        "if (part && row + g == 0)",
+        "if (part && row + g == 1)",
         LONG,
     ),
     Mutant(
@@ -97,15 +97,15 @@ MUTANTS = [
     Mutant(
         "CUDA: the class key counted in every group, scores",
         STREAMING,
-        "if (p.role == kGlobal && group > 0 && row == 0 && key == 0 && lane == 0) s[0][0] = -INFINITY;",
-        "",
+        "p.role == kGlobal && group > 0 && row == 0",
+        "p.role == kGlobal && group < 0 && row == 0",
         LONG,
     ),
     Mutant(
         "CUDA: the class key counted in every group, gradients of keys",
         STREAMING,
-        "      if (p.role == kGlobal && at.group > 0 && row == 0 && query + j == 0 && block.lane == 0) s[0][0] = 0;\n",
-        "",
+        "p.role == kGlobal && at.group > 0 && row == 0",
+        "p.role == kGlobal && at.group < 0 && row == 0",
         LONG,
     ),
     Mutant(

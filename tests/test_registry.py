@@ -24,7 +24,8 @@ assert timesformer_kernels.__file__.startswith(sys.argv[1]), timesformer_kernels
 x = torch.randn(1, 9, 2, 8)
 print(native.library()[1])
 print(explain(x, x, x).replace("\\n", " | "))
-print(torch.allclose(time_attention(x, x, x, frames=4), time_attention(x, x, x, frames=4, backend="reference")))
+plain = time_attention(x, x, x, frames=4, backend="reference")
+print(torch.allclose(time_attention(x, x, x, frames=4), plain, atol=1e-5))
 try:
     time_attention(x, x, x, frames=4, backend="cpp")
 except RuntimeError as error:
