@@ -7,52 +7,52 @@ FILE = "tests/test_cuda.py"
 LONG = (FILE, "-k", "long_lengths or space_on_tensor or class_row_weights or keys_of_weight or every_scheme_on")
 SHORT = (FILE, "-k", "short or not_finite or class_row_weights")
 PLAIN = (FILE, "-k", "generic_lengths or class_row_weights")
-SHORT_CUH, RESIDENT, STREAMING, GENERIC, CLASS_ROW, LAUNCH = (
+SHORT_CUH, ROWS, RESIDENT, STREAMING, GENERIC, CLASS_ROW, LAUNCH = (
     f"csrc/cuda/{name}"
-    for name in ("short.cuh", "resident.cuh", "streaming.cuh", "generic.cuh", "class_row.cuh", "launch.cu")
+    for name in ("short.cuh", "rows.cuh", "resident.cuh", "streaming.cuh", "generic.cuh", "class_row.cuh", "launch.cu")
 )
 
 MUTANTS = [
     # Rows in shared memory, 17 members and more
     Mutant(
         "CUDA: chunks of one row not turned against another's",
-        RESIDENT,
+        ROWS,
         "cp_async16(chunk_of<D>(to, row, chunk), from",
         "cp_async16(to + row * D + 8 * chunk, from",
         LONG,
     ),
     Mutant(
         "CUDA: keys that do not exist have scores",
-        RESIDENT,
+        ROWS,
         "column < members ? s[i >> 2][i & 3] * scale : -INFINITY",
         "column <= members ? s[i >> 2][i & 3] * scale : -INFINITY",
         LONG,
     ),
-    Mutant("CUDA: the class row is a query", RESIDENT, "return p.role == kKey; }", "return 0 * p.role; }", LONG),
+    Mutant("CUDA: the class row is a query", ROWS, "return p.role == kKey; }", "return 0 * p.role; }", LONG),
     Mutant(
         "CUDA: sums do not shrink",
-        RESIDENT,
+        ROWS,
         "total[half] *= shrink[half], dot[half] *= shrink[half];",
         "dot[half] *= shrink[half];",
         LONG,
     ),
     Mutant(
         "CUDA: sum(e * dp) does not shrink",
-        RESIDENT,
+        ROWS,
         "total[half] *= shrink[half], dot[half] *= shrink[half];",
         "total[half] *= shrink[half];",
         LONG,
     ),
     Mutant(
         "CUDA: nothing but -inf so far is NaN",
-        RESIDENT,
+        ROWS,
         "const float zero = now == -INFINITY ? 0.0f : now;",
         "const float zero = now;",
         LONG,
     ),
     Mutant(
         "CUDA: another row taken for the class row",
-        RESIDENT,
+        ROWS,
         "if (part && row + g == 0)",
         "if (part && row + g == 1)",
         LONG,
@@ -73,7 +73,7 @@ MUTANTS = [
     ),
     Mutant(
         "CUDA: values before they have landed",
-        RESIDENT,
+        ROWS,
         "    cp_async_wait<0>();\n    __syncwarp();\n    to.load(own);",
         "    __syncwarp();\n    to.load(own);",
         LONG,

@@ -164,9 +164,11 @@ int32_t fail(int32_t status, const char* format, Args... args) {
   return status;
 }
 
-// Queues a kernel of a Problem and its Blocks. Returns TSK_OK, or what fail() returned: the name and CUDA's error.
-inline int32_t launch(const char* name, void (*kernel)(Problem, Blocks), const Problem& p, const Blocks& blocks,
-                      int threads, int shared_bytes, cudaStream_t stream) {
+// Queues a kernel of a Problem and its Blocks, or a grid of its own. Returns TSK_OK, or what fail() returned: the name
+// and CUDA's error.
+template <class Grid>
+int32_t launch(const char* name, void (*kernel)(Problem, Grid), const Problem& p, const Grid& blocks, int threads,
+               int shared_bytes, cudaStream_t stream) {
   if (blocks.count > INT32_MAX) return fail(TSK_INVALID, "%s: more than 2^31 - 1 blocks", name);
   if (blocks.count == 0) return TSK_OK;
   LAUNCH(kernel, unsigned(blocks.count), unsigned(threads), size_t(shared_bytes), stream, p, blocks);

@@ -14,14 +14,12 @@
 // Scores of two sequences are discarded, but products with them still meet the neighbour's rows with weight zero, and
 // zero times NaN is NaN. So where something is not finite the last products are done for one sequence at a time.
 #pragma once
-#include "problem.cuh"
+#include "matrix.cuh"
 
 namespace tsk {
 
 constexpr int kShortRows = 16;  // of a warp
 constexpr int kShortWarps = 4;  // of a block, one head each
-constexpr float kLog2e = 1.44269504088896f;
-constexpr float kLn2 = 0.693147180559945f;
 
 // A 1-D grid over batch x tiles x fours of heads, the last fastest.
 struct ShortGrid {
@@ -148,13 +146,6 @@ DEVICE void store_short_part(float* to, const float (&sum)[4][4], int half, floa
   }
 }
 
-// Zeros for the class row of one head, which takes no part.
-template <class T, int D>
-DEVICE void store_short_zeros(const Tensor& x, int batch, int head) {
-  T* row = head_of<T>(x, batch, head);
-  for (int d = 8 * int(threadIdx.x & 31); d < D; d += 256) store16(row + d, make_uint4(0, 0, 0, 0));
-}
-
 // --- products -------------------------------------------------------------------------------------------------------
 
 // sums[n] = x y^T for the rows of y from 8 n on, 16 x 8 each
@@ -169,12 +160,7 @@ DEVICE void inner_short(float (&sums)[2][4], const ShortRows<D>& x, const ShortR
   }
 }
 
-// The 16 x 16 weights of keys as a left operand, or their transpose. MEMBERS == 8: the off-diagonal blocks are zero.
-template <class T>
-DEVICE void pack_weights(uint32_t (&w)[4], const float (&p)[2][4]) {
-#pragma unroll
-  for (int i = 0; i < 4; ++i) w[i] = pack<T>(p[i >> 1][2 * (i & 1)], p[i >> 1][2 * (i & 1) + 1]);
-}
+// The transpose of such weights. MEMBERS == 8: the off-diagonal blocks are zero.
 template <int MEMBERS>
 DEVICE void transpose_weights(uint32_t (&to)[4], const uint32_t (&w)[4]) {
   to[0] = transposed(w[0]), to[3] = transposed(w[3]);
@@ -212,16 +198,6 @@ DEVICE void by_sequence(const ShortGrid& grid, bool fine, Once once) {
 }
 
 // --- softmax --------------------------------------------------------------------------------------------------------
-
-// Over the four lanes that hold a row
-DEVICE float quad_max(float x) {
-  x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
-  return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
-}
-DEVICE float quad_sum(float x) {
-  x += __shfl_xor_sync(~0u, x, 1);
-  return x + __shfl_xor_sync(~0u, x, 2);
-}
 
 // Largest scaled score, in units of log2, and sum of the exponentials, of rows g and g + 8
 struct ShortSums {
@@ -270,7 +246,7 @@ __global__ void __launch_bounds__(32 * kShortWarps, short_blocks(D, MEMBERS, fal
   const auto q = load_short<T, D>(p, tile, p.q, true);
   const auto k = load_short<T, D>(p, tile, p.k, false);
   const auto v = load_short<T, D>(p, tile, p.v, false);
-  if (p.first == 1 && p.role <= kKey && tile.first_tile) store_short_zeros<T, D>(p.out, tile.batch, tile.head);
+  if (p.first == 1 && p.role <= kKey && tile.first_tile) store_zeros<T, D>(p.out, tile.batch, tile.head);
   float s[2][4];
   inner_short<T, D>(s, q, k);
   const ShortSums sums = exponentials(s, tile, p.scale * kLog2e);
@@ -315,9 +291,9 @@ __global__ void __launch_bounds__(32 * kShortWarps, short_blocks(D, MEMBERS, tru
   const auto v = load_short<T, D>(p, tile, p.v, false);
   const auto dout = load_short<T, D>(p, tile, p.dout, true);
   if (p.first == 1 && p.role == kNoMember && tile.first_tile) {
-    store_short_zeros<T, D>(p.dq, tile.batch, tile.head);
-    store_short_zeros<T, D>(p.dk, tile.batch, tile.head);
-    store_short_zeros<T, D>(p.dv, tile.batch, tile.head);
+    store_zeros<T, D>(p.dq, tile.batch, tile.head);
+    store_zeros<T, D>(p.dk, tile.batch, tile.head);
+    store_zeros<T, D>(p.dv, tile.batch, tile.head);
   }
   float s[2][4], dp[2][4];
   inner_short<T, D>(s, q, k);
@@ -378,22 +354,6 @@ __global__ void __launch_bounds__(32 * kShortWarps, short_blocks(D, MEMBERS, tru
 
 // --- host -----------------------------------------------------------------------------------------------------------
 
-// Whether every row of a tensor [B, S, H, D] of 16-bit elements starts at a multiple of 16 bytes.
-inline bool rows_aligned(const Problem& p, const Tensor& x) {
-  return uintptr_t(x.data) % 16 == 0 && (p.batch == 1 || x.batch % 8 == 0) && (p.heads == 1 || x.head % 8 == 0) &&
-         (p.tokens == 1 || x.token % 8 == 0);
-}
-
-// Whether the kernels of tensor cores take a call's operands, those of a backward where p has them.
-inline bool half_operands(const Problem& p) {
-  if (p.dtype != TSK_BF16 && p.dtype != TSK_F16) return false;
-  if (p.head_dim != 32 && p.head_dim != 64 && p.head_dim != 128) return false;
-  if (p.groups < 1 || p.heads < 1) return false;
-  if (!rows_aligned(p, p.q) || !rows_aligned(p, p.k) || !rows_aligned(p, p.v)) return false;
-  if (!p.dq.data) return rows_aligned(p, p.out);
-  return rows_aligned(p, p.dout) && rows_aligned(p, p.dq) && rows_aligned(p, p.dk) && rows_aligned(p, p.dv);
-}
-
 // Whether the kernels of this file take a call.
 inline bool short_serves(const Problem& p) {
   return p.members >= 1 && p.members <= kShortRows && p.role != kGlobal && half_operands(p) &&
@@ -402,28 +362,17 @@ inline bool short_serves(const Problem& p) {
 
 template <class T, int D, int MEMBERS>
 int32_t launch_short(const Problem& p, bool backward, cudaStream_t stream) {
-  const ShortGrid grid(p);
-  if (grid.count == 0) return TSK_OK;
   const auto kernel = backward ? short_backward_kernel<T, D, MEMBERS> : short_forward_kernel<T, D, MEMBERS>;
-  LAUNCH(kernel, unsigned(grid.count), unsigned(32 * kShortWarps), size_t(0), stream, p, grid);
-  const cudaError_t error = cudaGetLastError();
-  if (error == cudaSuccess) return TSK_OK;
-  return fail(int32_t(error), "kernel short_%s: %s (CUDA error %d)", backward ? "backward" : "forward",
-              cudaGetErrorString(error), int(error));
-}
-
-template <class T, int D>
-int32_t launch_short(const Problem& p, bool backward, cudaStream_t stream) {
-  if (p.role == kNoMember && p.members == 8) return launch_short<T, D, 8>(p, backward, stream);
-  if (p.role == kNoMember && p.members == 16) return launch_short<T, D, 16>(p, backward, stream);
-  return launch_short<T, D, 0>(p, backward, stream);
+  return launch(backward ? "short_backward" : "short_forward", kernel, p, ShortGrid(p), 32 * kShortWarps, 0, stream);
 }
 
 template <class T>
 int32_t launch_short(const Problem& p, bool backward, cudaStream_t stream) {
-  if (p.head_dim == 32) return launch_short<T, 32>(p, backward, stream);
-  if (p.head_dim == 64) return launch_short<T, 64>(p, backward, stream);
-  return launch_short<T, 128>(p, backward, stream);
+  return with_head_dim(p, [&](auto D) {
+    if (p.role == kNoMember && p.members == 8) return launch_short<T, D(), 8>(p, backward, stream);
+    if (p.role == kNoMember && p.members == 16) return launch_short<T, D(), 16>(p, backward, stream);
+    return launch_short<T, D(), 0>(p, backward, stream);
+  });
 }
 
 // out [B, S, H, D]; of kPerGroup the class row's into p.parts instead. p.stats where it is not null.

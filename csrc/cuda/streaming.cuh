@@ -6,7 +6,7 @@
 // one is worked on. Forward: online softmax (FlashAttention-2, arXiv 2307.08691). Backward: a kernel that owns queries
 // and leaves what the other needs, then one that owns keys. No atomics: the same bits at every run.
 #pragma once
-#include "resident.cuh"
+#include "rows.cuh"
 
 namespace tsk {
 
@@ -56,7 +56,7 @@ DEVICE void stream_scores(const Problem& p, float (&s)[2][4], float scale, int g
 // --- kernels -------------------------------------------------------------------------------------------------------
 
 template <class T, int D>
-__global__ void __launch_bounds__(kResidentThreads, 1)
+__global__ void __launch_bounds__(kRowThreads, 1)
     streaming_forward_kernel(const __grid_constant__ Problem p, const __grid_constant__ Blocks blocks) {
   constexpr int kSteps = 4;
   SHARED_DYN(T, shared);
@@ -109,7 +109,7 @@ __global__ void __launch_bounds__(kResidentThreads, 1)
 // dq, and in p.delta, [B, H, G, M, 3], the largest score in units of log2, the factor that makes an exponential a
 // probability, and sum(p * dp) of every query.
 template <class T, int D>
-__global__ void __launch_bounds__(kResidentThreads, 1)
+__global__ void __launch_bounds__(kRowThreads, 1)
     streaming_queries_kernel(const __grid_constant__ Problem p, const __grid_constant__ Blocks blocks) {
   constexpr int kSteps = 2;
   constexpr float kOnes[2] = {1, 1};
@@ -186,7 +186,7 @@ __global__ void __launch_bounds__(kResidentThreads, 1)
 
 // dk and dv, after the kernel of the queries.
 template <class T, int D>
-__global__ void __launch_bounds__(kResidentThreads, 1)
+__global__ void __launch_bounds__(kRowThreads, 1)
     streaming_keys_kernel(const __grid_constant__ Problem p, const __grid_constant__ Blocks blocks) {
   constexpr float kOnes[2] = {1, 1};
   SHARED_DYN(T, shared);
@@ -244,9 +244,9 @@ __global__ void __launch_bounds__(kResidentThreads, 1)
 inline int streaming_warps(const Problem& p) {
   const int tiles = (p.members + 15) / 16;
   int best = 1, waste = 0;
-  for (int warps = tiles < kResidentWarps ? tiles : kResidentWarps; warps > 0; --warps) {
+  for (int warps = tiles < kRowWarps ? tiles : kRowWarps; warps > 0; --warps) {
     const int over = (tiles + warps - 1) / warps * warps - tiles;
-    if (warps < kResidentWarps / 2 && tiles > warps) break;  // small blocks read the same keys too often
+    if (warps < kRowWarps / 2 && tiles > warps) break;  // small blocks read the same keys too often
     if (best == 1 || over < waste) best = warps, waste = over;
   }
   return best;
@@ -259,7 +259,7 @@ inline int64_t streaming_blocks(const Problem& p) {
 
 // Whether these kernels take a call, a backward where p has its tensors.
 inline bool streaming_serves(const Problem& p) {
-  return p.members > kShortRows && half_operands(p) && streaming_blocks(p) <= INT32_MAX;
+  return p.members > kRowTile && half_operands(p) && streaming_blocks(p) <= INT32_MAX;
 }
 
 template <class T, int D, int KERNEL>
@@ -284,9 +284,7 @@ int32_t launch_streaming(const Problem& p, cudaStream_t stream) {
 
 template <class T, bool BACKWARD>
 int32_t streaming(const Problem& p, cudaStream_t stream) {
-  if (p.head_dim == 32) return launch_streaming<T, 32, BACKWARD>(p, stream);
-  if (p.head_dim == 64) return launch_streaming<T, 64, BACKWARD>(p, stream);
-  return launch_streaming<T, 128, BACKWARD>(p, stream);
+  return with_head_dim(p, [&](auto D) { return launch_streaming<T, D(), BACKWARD>(p, stream); });
 }
 
 }  // namespace tsk
