@@ -9,13 +9,14 @@ from types import MethodType
 import torch.nn.functional as F
 from torch import nn
 
+from ..integrations import accelerate_transformers
 from ..model import TimeSformer
 from ..weights import from_native
 from .modules import ModuleProblem, compiled_peer
 from .peers import COMPILE_MODES
 from .shapes import PATCH, Shape
 
-HUGGING_FACE = ("huggingface", "huggingface-sdpa")
+HUGGING_FACE = ("huggingface", "huggingface-sdpa", "huggingface-accelerated")
 
 
 def hf_config(shape: Shape, depth: int, patch: int, classes: int):
@@ -72,6 +73,8 @@ class HuggingFaceProblem(ModuleProblem):
         theirs = self.hugging_face()
         if row == "huggingface-sdpa":
             with_sdpa(theirs)
+        elif row == "huggingface-accelerated":  # our kernels in their model, by the one line of the README
+            accelerate_transformers(theirs)
         run = self.hf_call(theirs)
         return compiled_peer(row, run) if row in COMPILE_MODES else run
 
