@@ -10,6 +10,7 @@ if not torch.cuda.is_available():
 
 import pytest
 from arena import poisoned
+from cuda_sim import library, simt  # noqa: F401
 from oracle import device_of
 
 from timesformer_kernels import available_backends, native, registry

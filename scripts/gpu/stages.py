@@ -118,8 +118,8 @@ def kernel_tests(context: Context) -> list[list[str]]:
 
 
 def other_tests(context: Context) -> list[list[str]]:
-    simulated = (f"tests/test_{name}.py" for name in ("cuda", "cuda_resources", "simt"))  # CUDA without a GPU: CI's
-    done = {*kernel_files(context), *REGISTRATION, *(simulated if not context.cpu else ())}
+    simulated = {f"tests/{path.name}" for path in (context.root / "tests").glob("test_cuda*.py")}  # without a GPU: CI's
+    done = {*kernel_files(context), *REGISTRATION, *({*simulated, "tests/test_simt.py"} if not context.cpu else ())}
     names = sorted(path.relative_to(context.root).as_posix() for path in (context.root / "tests").glob("test_*.py"))
     few = ["-k", CPU_TESTS["rest"]] if context.cpu else []
     return [pytest(context, *few, *[name for name in names if name not in done])]
