@@ -17,6 +17,7 @@ MODEL = ROOT / "timesformer"
 FLOORS = {
     "grid": 0,
     "mounting": 0,
+    "choice": 0,
     "fused_checks": 1,
     "registry": 1,
     "native": 1,
@@ -100,7 +101,7 @@ def test_backends_import_neither_one_another_nor_ops(path):
 
 
 @pytest.mark.parametrize(
-    "path", [KERNELS / "grid.py", KERNELS / "registry.py", KERNELS / "native.py", KERNELS / "native_cuda.py"], ids=ids
+    "path", [KERNELS / f"{name}.py" for name in ("grid", "choice", "registry", "native", "native_cuda")], ids=ids
 )
 def test_floor_one_needs_torch_and_the_standard_library_only(path):
     assert absolute_tops(path) <= {"torch", *sys.stdlib_module_names}

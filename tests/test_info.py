@@ -6,11 +6,12 @@ import os
 import platform
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 
-from timesformer_kernels import available_backends, info, native, native_cuda, registry
+from timesformer_kernels import available_backends, choice, info, native, native_cuda, registry
 
 
 def printed(capsys, *argv):
@@ -27,6 +28,7 @@ def test_json_holds_what_a_bug_report_needs(capsys):
     assert set(report["libraries"]) == {"_cpu", "_cuda"}
     assert report["cuda"]["available"] == torch.cuda.is_available()
     assert "cuda" in report["backends"] or not report["cuda"]["available"]
+    assert report["choice"]["rules"] and 0 <= report["choice"]["measured"] <= len(report["choice"]["rules"])
 
 
 def test_every_backend_answers_for_every_dtype(capsys):
@@ -90,6 +92,33 @@ def test_gpus_are_listed(monkeypatch):
     assert report["cuda"]["gpus"] == [{"name": "a GPU", "capability": "9.0", "memory_bytes": 2**37}]
     assert set(report["backends"]) == set(report["auto"]) == {"cpu", "cuda"}
     assert "a GPU (9.0, 128 GiB)" in info.render(report)
+
+
+def test_what_auto_takes_on_a_gpu_is_said_by_length(capsys, monkeypatch):
+    """By two rules, of which one was measured."""
+    numbers = dict(device="a GPU", date="2031-02-03", file="a.json", ms={"t": {"cuda": 1.0}}, ratio=2.0, noise=0.0)
+    halves = ("any", ("float16",), (64, 64))
+    rules = (
+        choice.Rule(*halves, (0, 16), "cuda", {"measured": numbers}),
+        choice.Rule(*halves, (17, None), "triton", {"expected": "it is so"}),
+    )
+    monkeypatch.setattr(choice, "rules", lambda: rules)
+    monkeypatch.setattr(info, "_gpus", lambda: [{"name": "a GPU", "capability": "9.0", "memory_bytes": 2**37}])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(choice, "architecture", lambda device: "sm_90" if device.type == "cuda" else None)
+    for name in ("triton", "cuda"):
+        able = replace(registry.get(name), why_not=lambda device, *rest: None if device == "cuda" else "no")
+        monkeypatch.setitem(registry._BACKENDS, name, able)
+    registry.resolve.cache_clear()
+    try:
+        lines = [" ".join(line.split()) for line in printed(capsys).splitlines()]
+    finally:
+        monkeypatch.undo()
+        registry.resolve.cache_clear()
+    assert "auto takes cuda up to 16 members, triton [float16]" in lines
+    assert "rules by which auto chooses on GPUs, 2, of which measured: 1; the first that fits" in lines
+    assert any(line.startswith("any, float16, head_dim 64, 17 or more members triton, expected") for line in lines)
+    assert any("cuda, measured: 2.00 times as fast" in line for line in lines)
 
 
 def test_environment_variables_of_ours_and_tritons_are_shown_and_no_others(capsys, monkeypatch):

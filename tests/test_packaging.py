@@ -131,6 +131,7 @@ def test_wheel_serves_every_python_and_holds_only_the_two_packages(wheel):
     packages = {n.split("/")[0] for n in names if ".dist-info" not in n}
     assert packages == {"timesformer", "timesformer_kernels"}
     assert {"timesformer_kernels/_cpu.so", "timesformer_kernels/_build_info.json"} <= names
+    assert {"timesformer_kernels/choice.json", "timesformer_kernels/backends/triton/configs.json"} <= names
     modules = {p.relative_to(ROOT / "kernels").as_posix() for p in (ROOT / "kernels").rglob("*.py")}
     modules |= {p.relative_to(ROOT).as_posix() for p in (ROOT / "timesformer").rglob("*.py")}
     assert modules == {n for n in names if n.endswith(".py")}

@@ -61,11 +61,13 @@ def test_unknown_name_lists_the_known_ones():
         registry.get("cudnn")
 
 
-def test_explain_has_one_line_per_backend_in_order():
+def test_explain_has_one_line_per_backend_in_order_and_what_auto_takes():
     q, k, v = make_qkv(1, 9, 2, 8)
     lines = explain(q, k, v).splitlines()
-    assert [line.split(":")[0].strip() for line in lines] == list(available_backends())
-    assert "can run" in lines[-1]
+    assert [line.split(":")[0].strip() for line in lines] == [*available_backends(), "auto"]
+    assert "can run" in lines[-2]
+    taken = registry.resolve("auto", "cpu", q.dtype, 8).name
+    assert lines[-1].endswith(f"auto: takes {taken}, the first that can run")
     meta = explain(*(x.to("meta") for x in (q, k, v))).splitlines()
     assert "not on meta" in meta[available_backends().index("cpp")]
 

@@ -102,6 +102,11 @@ class View(NamedTuple):
         """L, the number of patches in a sequence (the class token not counted)."""
         return _product(self.sequence)
 
+    @property
+    def members(self) -> int:
+        """M: the patches of a sequence, and the class row where it takes part."""
+        return self.length + (self.cls not in ("none", "exclude"))
+
     def rows(self, device: torch.device | str = "cpu") -> Tensor:
         """Token row of every member of every sequence: [G, L] int64."""
         offsets = [torch.zeros(1, dtype=torch.int64, device=device)] * 2

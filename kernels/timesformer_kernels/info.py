@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from . import __version__, native, native_cuda, registry
+from . import __version__, choice, native, native_cuda, registry
 
 HEAD_DIM = 64  # that of every published TimeSformer
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -66,11 +66,15 @@ def _backends(device_type: str) -> dict:
 
 
 def _auto(device_type: str) -> dict:
-    """{dtype: the backend that auto takes at head_dim 64}."""
-    return {
-        str(dtype).removeprefix("torch."): registry.resolve("auto", device_type, dtype, HEAD_DIM).name
-        for dtype in DTYPES
-    }
+    """{dtype: what auto takes at head_dim 64}."""
+    device = torch.device(device_type, 0)  # of several GPUs the first
+    return {str(dtype).removeprefix("torch."): registry.taken(device, dtype, HEAD_DIM) for dtype in DTYPES}
+
+
+def _choice() -> dict:
+    """The rules by which auto chooses between the backends of a GPU, in words, and how many of them were measured."""
+    rules = choice.rules()
+    return {"rules": [str(rule) for rule in rules], "measured": sum(map(choice.measured, rules))}
 
 
 def report() -> dict:
@@ -95,6 +99,7 @@ def report() -> dict:
         "libraries": libraries,
         "backends": {device: _backends(device) for device in devices},
         "auto": {device: _auto(device) for device in devices},
+        "choice": _choice(),
         "environment": {name: value for name, value in sorted(os.environ.items()) if name.startswith(PREFIXES)},
     }
 
@@ -137,6 +142,11 @@ def render(info: dict) -> str:
         for dtype, name in info["auto"][device].items():
             by_reason.setdefault(("auto", f"takes {name}"), []).append(dtype)
         lines += _rows([(name, f"{answer} [{', '.join(names)}]") for (name, answer), names in by_reason.items()])
+    rules, measured = info["choice"]["rules"], info["choice"]["measured"]
+    lines.append(
+        f"rules by which auto chooses on GPUs, {len(rules)}, of which measured: {measured}; the first that fits"
+    )
+    lines += _rows([tuple(rule.split(": ", 1)) for rule in rules])
     lines.append("environment")
     lines += _rows(list(info["environment"].items()) or [(", ".join(f"{prefix}*" for prefix in PREFIXES), "none set")])
     return "\n".join(lines)

@@ -41,8 +41,8 @@ LIBRARY.define(f"attn_bwd(Tensor dout, {_QKV}, {_SAVED}, {_VIEW}) -> (Tensor, Te
 # --- the bare functions: plain tensors in, plain tensors out ---------------------------------------------------------
 
 
-def _backend(q: Tensor, name: str) -> registry.Backend:
-    return registry.resolve(name, q.device.type, q.dtype, int(q.shape[3]))
+def _backend(q: Tensor, name: str, view: View) -> registry.Backend:
+    return registry.resolve(name, q.device, q.dtype, int(q.shape[3]), view)
 
 
 def _new_stats(backend: registry.Backend, q: Tensor, shape, view: View) -> Tensor | None:
@@ -53,7 +53,7 @@ def _new_stats(backend: registry.Backend, q: Tensor, shape, view: View) -> Tenso
 
 def _forward(q, k, v, view: View, scale: float, backend: str, cls_weights):
     """(out, stats), with the statistics that the backward needs, None where it needs none."""
-    chosen = _backend(q, backend)
+    chosen = _backend(q, backend, view)
     stats = _new_stats(chosen, q, q.shape, view)
     return chosen.forward(q, k, v, view, scale, cls_weights, stats), stats
 
@@ -65,7 +65,7 @@ def _results(q, out, stats):
 
 def _backward(dout, q, k, v, out, stats, view: View, scale: float, backend: str, cls_weights, grads=None):
     saved = None if stats is None else (out, stats)
-    return _backend(q, backend).backward(dout, q, k, v, view, scale, cls_weights, grads, saved)
+    return _backend(q, backend, view).backward(dout, q, k, v, view, scale, cls_weights, grads, saved)
 
 
 # --- mount 1: the registered ops -------------------------------------------------------------------------------------
@@ -81,8 +81,9 @@ def _op_backward(dout, q, k, v, out, stats, groups, sequence, cls, scale, backen
 
 def _fake_forward(q, k, v, groups, sequence, cls, scale, backend, cls_weights):
     # A named backend is not asked whether it can run here: shapes may be wanted of a device that is not at hand.
-    chosen = _backend(q, backend) if backend == "auto" else registry.get(backend)
-    stats = _new_stats(chosen, q, (*q.shape[:3], int(q.shape[3])), View.from_flat(groups, sequence, cls))
+    view = View.from_flat(groups, sequence, cls)
+    chosen = _backend(q, backend, view) if backend == "auto" else registry.get(backend)
+    stats = _new_stats(chosen, q, (*q.shape[:3], int(q.shape[3])), view)
     # new_empty, not empty_like: results are contiguous whatever the strides of q (the compiler relies on it).
     return _results(q, q.new_empty(q.shape), stats)
 
@@ -263,7 +264,7 @@ def _attend(q, k, v, view: View, scale, backend: str, cls_weights=None, packed=N
         if not torch.compiler.is_compiling():
             _watched()
         return ATTN_FWD(q, k, v, *view.flat(), view.cls, scale, backend, cls_weights)[0]
-    chosen = _backend(q, backend)
+    chosen = _backend(q, backend, view)
     if chosen is reference.BACKEND:
         return reference.attend(q, k, v, view, scale, cls_weights)
     if torch._C._are_functorch_transforms_active():
@@ -379,9 +380,3 @@ def grid_attention_qkvpacked(
     _check_grid(q.shape[1], grid, cls)
     packed = qkv if q.dtype == qkv.dtype else None  # autocast has made copies
     return _attend(q, k, v, view, scale, backend, cls_weights, packed)
-
-
-def explain(q: Tensor, k: Tensor, v: Tensor) -> str:
-    """Why each backend can or cannot run on such q, k, v: one line per backend, in the order `auto` tries them."""
-    grid.check_qkv(q, k, v)
-    return registry.table(q.device.type, q.dtype, q.shape[3])

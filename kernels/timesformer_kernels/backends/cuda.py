@@ -42,7 +42,7 @@ def stats_size(shape, dtype: torch.dtype, view):
     B, S, H, D = shape
     if dtype not in DTYPES or D > MAX_HEAD_DIM:
         return 0
-    G, M = view.num_groups, view.length + (view.cls not in ("none", "exclude"))
+    G, M = view.num_groups, view.members
     if view.cls == "global":
         if not G * view.length:
             G = M = 1

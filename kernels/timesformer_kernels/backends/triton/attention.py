@@ -73,7 +73,7 @@ def _axes(view: View) -> tuple[tuple[int, ...], ...]:
 def _step(layout: Layout, base: Plan, name: str) -> Step:
     """The launch of the attention kernel of that name."""
     B, S, H, D = layout.shape
-    G, M = layout.view.num_groups, regimes.members(layout.view)
+    G, M = layout.view.num_groups, layout.view.members
     arch = regimes.architecture(capability(layout.device))
     chosen = regimes.config(name, arch, layout.precision, layout.dtype.itemsize, D, M)
     groups, sequence = _axes(layout.view)
@@ -92,13 +92,13 @@ def _step(layout: Layout, base: Plan, name: str) -> Step:
 
 
 def _kind(direction: str, layout: Layout) -> str:
-    M = regimes.members(layout.view)
+    M = layout.view.members
     fits = regimes.resident(direction, M, layout.dtype.itemsize, layout.shape[3])
     return f"{'resident' if fits else 'streaming'}_{direction}"
 
 
 def _saves(layout: Layout) -> bool:
-    M = regimes.members(layout.view)
+    M = layout.view.members
     return not regimes.resident("alone", M, layout.dtype.itemsize, layout.shape[3])
 
 
@@ -223,4 +223,4 @@ def _not_empty(view: View) -> View | None:
     """
     if view.cls == "global" and not view.num_groups * view.length:
         return View((), ((0, 1),), "global")
-    return view if view.num_groups and regimes.members(view) else None
+    return view if view.num_groups and view.members else None

@@ -77,11 +77,6 @@ def block_d(head_dim: int) -> int:
     return max(16, 1 << (head_dim - 1).bit_length())
 
 
-def members(view: View):
-    """M: patches of a sequence, and the class row where it takes part."""
-    return view.length + (CLS[view.cls] > 0)
-
-
 def resident(direction: str, m: int, itemsize: int, head_dim: int) -> bool:
     """Whether sequences of m members fit a resident kernel: direction "forward", "backward" or "alone"."""
     return m <= LONGEST[direction][itemsize][max(64, block_d(head_dim))]
@@ -102,7 +97,7 @@ def stats_parts(shape, dtype: torch.dtype, view: View):
     in each group ("per_group").
     """
     B, S, H, D = shape
-    G, M = view.num_groups, members(view)
+    G, M = view.num_groups, view.members
     saves = not resident("alone", M, dtype.itemsize, D)
     return (
         B * H * 2 if view.cls == "global" else 0,
@@ -148,7 +143,7 @@ def config(kernel: str, arch: str, precision: str, itemsize: int, head_dim: int,
 
 def resident_plan(base: Plan, view: View, chosen: Config) -> Plan:
     """`base` completed for a resident kernel."""
-    M = members(view)
+    M = view.members
     pack = max(1, chosen.block_m // M) if M <= PACKED else 1
     sizes = tuple(size for size, _ in view.sequence)
     held = (chosen.block_m,) if pack > 1 else blocks(M, chosen.block_n)
