@@ -257,7 +257,7 @@ def test_the_benchmarks_options_are_understood(gpu, tmp_path):
     from timesformer.benchmarking import core, peers
     from timesformer.cli import _parser
 
-    quick = {"triton", "ours", "copy", *core.QUICK["cuda"]}
+    quick = {"triton", "cuda", "ours", "copy", *core.QUICK["cuda"]}
     full = quick | set(peers.PEERS)
     for mode in ("full", "quick", "cpu"):
         for stage in gpu.check.STAGES:
@@ -407,6 +407,38 @@ def test_a_row_of_ours_must_run(gpu, tmp_path):
     assert "1 tables left out" in gpu.findings.bench(context(gpu, tmp_path))[0]
 
 
+def test_what_is_chosen_is_told(gpu, tmp_path):
+    folder = tmp_path / "bench-core"
+    folder.mkdir()
+    rows(folder, {name: {"interleaved_median_ms": 2.0} for name in ("triton", "cuda")})
+    text, data = gpu.findings.chosen(context(gpu, folder))
+    assert text == "2 rows in 1 tables" and data["choice"] == []
+    made = [{"backend": name, "reason": {"measured": {}}} for name in ("cuda", "triton", "cuda")]
+    rules = [*made, {"backend": "triton", "reason": {"expected": "so"}}]
+    (tmp_path / "choice.json").write_text(json.dumps({"rules": rules}))
+    text, data = gpu.findings.chosen(context(gpu, folder))
+    assert text == "2 rows in 1 tables; cuda chosen 2 times; triton chosen 1 times" and data["choice"] == made
+
+
+def test_the_benchmarks_end_with_a_choice(gpu, tmp_path):
+    """By the script itself, from what the stage left in its folder; every row list that compares has both backends."""
+    (stage,) = (stage for stage in gpu.check.STAGES if stage.name == "bench-core")
+    assert "scripts/choose_backend.py" in stage.sources
+    folder = tmp_path / "bench-core"
+    folder.mkdir()
+    common = dict(kind="attention", op="time attention", shape="8x224: B=8, N=196, T=8, 12 heads of 64", chip="a GPU")
+    common |= dict(dtype="bfloat16", capability="9.0", frames=8, locations=196)
+    rows(folder, {name: {**common, "interleaved_median_ms": ms} for name, ms in (("cuda", 1.0), ("triton", 2.0))})
+    result = json.loads((folder / "0.json").read_text()) | {"datetime": "2031-02-03T04:05:06+00:00"}
+    (folder / "0.json").write_text(json.dumps(result))
+    command = stage.commands(gpu.stages.Context(ROOT, folder, "full", 30.0))[-1]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "instead of triton: sm_90, bfloat16" in done.stdout, done.stdout + done.stderr
+    assert gpu.findings.chosen(context(gpu, folder))[1]["choice"][0]["backend"] == "cuda"
+    for names in (gpu.stages.GOAL_ROWS, gpu.stages.COMPILED_ROWS, gpu.stages.BATCH_ROWS):
+        assert {"triton", "cuda"} <= set(names.split())
+
+
 def test_resources_with_problems_fail(gpu, tmp_path):
     report = dict(kernel="k", arch=90, dtype="bfloat16", members=8, registers=64, spill=0, shared=2048, problems=[])
     (tmp_path / "result.json").write_text(json.dumps({"reports": [report]}))
@@ -471,9 +503,8 @@ def test_checks_fail_by_themselves(gpu, tmp_path, capsys):
     assert result["checks"]["good"]["number"] == 2
 
 
-@pytest.mark.parametrize("program", ["graphs", "large", "streams"])
-def test_programs_notice_a_wrong_kernel(program, tmp_path):
-    """The comparison itself: a backend whose results drift from call to call."""
+def judged(program, tmp_path, wrong=""):
+    """(exit status, result) of a program; backend `wrong` is Triton's with results that drift from call to call."""
     code = f"""
 import sys; sys.path.insert(0, {str(GPU)!r})
 from dataclasses import replace
@@ -483,7 +514,8 @@ real, count = registry.get("triton"), []
 def forward(*args):
     count.append(None)
     return real.forward(*args) + 0.125 * len(count)
-registry._BACKENDS["triton"] = replace(real, forward=forward)
+if {wrong!r}:
+    registry._BACKENDS[{wrong!r}] = replace(real, name={wrong!r}, forward=forward)
 registry.resolve.cache_clear()
 if {program!r} != "large":
     {program}.AddLayerNorm = {program}.BiasGelu = lambda **size: calls.Attention("time", (1, 1, 2), "none", head_dim=16)
@@ -493,6 +525,27 @@ sys.exit({program}.main())
 """
     env = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
-    assert done.returncode == 1, done.stdout + done.stderr
-    checks = json.loads((tmp_path / "a.json").read_text())["checks"]
-    assert checks and not any(check["ok"] for check in checks.values()), done.stdout
+    assert (tmp_path / "a.json").exists(), done.stdout + done.stderr
+    return done.returncode, json.loads((tmp_path / "a.json").read_text())
+
+
+@pytest.mark.parametrize("program", ["graphs", "large", "streams"])
+def test_programs_notice_a_wrong_kernel(program, tmp_path):
+    """The comparison itself."""
+    status, result = judged(program, tmp_path, wrong="triton")
+    checks = result["checks"]
+    assert status == 1 and checks and not any(check["ok"] for check in checks.values()), checks
+
+
+@pytest.mark.parametrize("program", ["graphs", "large", "streams"])
+def test_programs_watch_every_backend(program, tmp_path):
+    """Beside a right one a wrong one; and one that cannot run is named."""
+    status, result = judged(program, tmp_path, wrong="cuda")
+    checks = result["checks"]
+    wrong = {key: check["ok"] for key, check in checks.items() if "cuda: " in key}
+    right = {key: check["ok"] for key, check in checks.items() if "triton: " in key}
+    assert status == 1 and wrong and not any(wrong.values()) and all(right.values()), checks
+    assert {key.replace("cuda: ", "triton: ") for key in wrong} <= right.keys()
+    status, result = judged("large", tmp_path)
+    assert status == 0 and "cuda cannot run: its kernels run on cuda, not on cpu" in result["finding"]
+    assert result["cannot run"] == {"cuda": "its kernels run on cuda, not on cpu"}

@@ -143,6 +143,16 @@ def bench(context) -> tuple[str, dict]:
     return text, data
 
 
+def chosen(context) -> tuple[str, dict]:
+    """Of the benchmarks from which the rules of `auto` are made: as `bench`, and what was decided."""
+    text, data = bench(context)
+    path = context.folder.parent / "choice.json"
+    rules = read(path)["rules"] if path.exists() else []  # the program that writes it has an exit status of its own
+    data["choice"] = [rule for rule in rules if "measured" in rule["reason"]]
+    backends = Counter(rule["backend"] for rule in data["choice"])
+    return text + "".join(f"; {name} chosen {n} times" for name, n in backends.most_common()), data
+
+
 def ours(row: str) -> bool:
     return row.split("-")[0] in OWN and row not in ("ours-cpp", "ours-reference")
 

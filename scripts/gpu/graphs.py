@@ -6,11 +6,13 @@ Without a GPU a stand-in for the graph calls again, so that all else runs.
 
 from __future__ import annotations
 
+import itertools
 import sys
+from dataclasses import replace
 
 import torch
 from calls import AddLayerNorm, Attention, BiasGelu
-from probe import Checks, backend_or_raise, options
+from probe import Checks, backends_or_raise, options, without
 
 from timesformer import TimeSformer
 from timesformer.benchmarking.timing import capture, tensors
@@ -63,7 +65,7 @@ def replayed(call, operands: list, fresh, cpu: bool) -> float:
     return worst
 
 
-def kernels(checks: Checks, cpu: bool, quick: bool) -> None:
+def kernels(checks: Checks, backends: list[str], cpu: bool, quick: bool) -> None:
     device = "cpu" if cpu else "cuda"
     size = dict(grid=(2, 3, 4), heads=2, head_dim=16, batch=1) if cpu else dict(grid=(14, 14, 8), heads=12, batch=8)
     calls = [Attention("time", cls="exclude", **size), Attention("space", cls="per_group", **size)]
@@ -74,7 +76,8 @@ def kernels(checks: Checks, cpu: bool, quick: bool) -> None:
             Attention("joint", (7, 7, 4), "global"),
         ]
     wide = dict(width=24) if cpu else dict(width=768, rows=1569)
-    for call in [*calls, AddLayerNorm(**wide), BiasGelu(**wide)]:
+    steps = [AddLayerNorm(**wide), BiasGelu(**wide)] if "triton" in backends else []
+    for call in [*(replace(call, backend=name) for name in backends for call in calls), *steps]:
         for name, run in (("forward", call.forward), ("forward+backward", call.both)):
             with checks.check(f"{call}, {name}") as say:
                 operands = call.operands(device)
@@ -86,12 +89,12 @@ def kernels(checks: Checks, cpu: bool, quick: bool) -> None:
                     raise AssertionError(f"replay and eager differ by {error:.1e}, expected the same bits")
 
 
-def model(checks: Checks, cpu: bool) -> None:
+def model(checks: Checks, backends: list[str], cpu: bool) -> None:
     """A limit, not bits: matrix products are cuBLAS's, whose choice of algorithm may depend on a stream's workspace."""
     device, dtype = ("cpu", torch.float32) if cpu else ("cuda", torch.bfloat16)
     sizes = dict(img_size=32, patch_size=16, embed_dim=32, depth=2, num_heads=2, num_classes=5) if cpu else {}
     torch.manual_seed(0)
-    net = TimeSformer(**sizes, num_frames=2 if cpu else 8, drop_path_rate=0.0, backend="triton").to(device, dtype)
+    net = TimeSformer(**sizes, num_frames=2 if cpu else 8, drop_path_rate=0.0).to(device, dtype)
     clip = (1, 3, 2, 32, 32) if cpu else (2, 3, 8, 224, 224)
 
     def fresh(seed):
@@ -104,9 +107,11 @@ def model(checks: Checks, cpu: bool) -> None:
         logits = net(video)
         return (logits, *torch.autograd.grad(logits.float().logsumexp(-1).sum(), parameters))
 
-    for name, run in (("forward", lambda: net(video)), ("forward+backward", both)):
+    directions = (("forward", lambda: net(video)), ("forward+backward", both))
+    for backend, (name, run) in itertools.product(backends, directions):
+        net.set_backend(backend)
         net.train(name != "forward")
-        with checks.check(f"TimeSformer, {name}") as say, torch.set_grad_enabled(name != "forward"):
+        with checks.check(f"{backend}: TimeSformer, {name}") as say, torch.set_grad_enabled(name != "forward"):
             error = replayed(run, [video], fresh, cpu)
             say(f"differs by {error:.1e} of the largest value" if error else "the same bits", error=error)
             if not error <= limit:
@@ -116,11 +121,11 @@ def model(checks: Checks, cpu: bool) -> None:
 def main() -> int:
     args = options(__doc__.split(",")[0] + ".")
     checks = Checks(args.json, "captures")
-    backend_or_raise("cpu" if args.cpu else "cuda", torch.bfloat16)
-    kernels(checks, args.cpu, args.quick)
-    model(checks, args.cpu)
+    backends = backends_or_raise(checks, "cpu" if args.cpu else "cuda", torch.bfloat16)
+    kernels(checks, backends, args.cpu, args.quick)
+    model(checks, backends, args.cpu)
     same = sum(not check.get("error", 1) for check in checks.found.values())
-    return checks.end(f"{len(checks.found)} captures replayed: {same} with the bits of eager")
+    return checks.end(f"{len(checks.found)} captures replayed: {same} with the bits of eager{without(checks)}")
 
 
 if __name__ == "__main__":

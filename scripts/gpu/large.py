@@ -6,13 +6,13 @@ Single clips, or parts of a clip that are calls of their own, are compared with 
 
 from __future__ import annotations
 
+import itertools
 import sys
 from dataclasses import replace
-from functools import partial
 
 import torch
 from calls import Attention
-from probe import Checks, backend_or_raise, options
+from probe import Checks, backends_or_raise, options, without
 from torch import Tensor
 
 GIB = 2**30
@@ -85,16 +85,21 @@ def needed(call: Attention) -> int:
 def main() -> int:
     args = options(__doc__.split(":")[0] + ".")
     checks, device = Checks(args.json, "launches"), "cpu" if args.cpu else "cuda"
-    backend_or_raise(device, torch.bfloat16)
+    backends = backends_or_raise(checks, device, torch.bfloat16)
     dtype, limit = ("float32", 1e-5) if args.cpu else ("bfloat16", 2e-2)
     small = dict(dtype=dtype, heads=1, head_dim=16)
     if args.cpu:
-        clips = [Attention("time", (2, 3, 4), "none", batch=3, **small), Attention("space", (2, 3, 4), "none", **small)]
+        clips = [
+            Attention("time", (1, 1, 4), "none", batch=3, **small),
+            Attention("time", (2, 3, 4), "none", batch=3, **small),
+            Attention("space", (2, 3, 4), "none", **small),
+        ]
         long = [(Attention("space", (2, 3, 4), "none", batch=1, **small), (0, 3))]
     else:
         wide = dict(dtype=dtype, heads=12, head_dim=64)
         clips = [
-            Attention("time", (14, 14, 8), "none", batch=512, **wide),  # 100,352 sequences, past a grid of 65,535
+            Attention("time", (1, 1, 4), "none", batch=70_000, **wide),  # clips past a grid of 65,535
+            Attention("time", (14, 14, 8), "none", batch=512, **wide),  # sequences past it, 100,352
             Attention("space", (7, 7, 96), "none", batch=700, **wide),  # 67,200
             Attention("time", (14, 14, 8), "none", batch=2048, **wide),  # 2^31 elements in q, in k, in v
         ]
@@ -103,22 +108,24 @@ def main() -> int:
             (Attention("space", (28, 28, 1280), "none", batch=1, **wide), (0, 640, 1278, 1279)),
         ]
     if args.quick:
-        clips, long = clips[:1], long[:1]
+        clips, long = clips[:2], long[:1]
     free = None if args.cpu else torch.cuda.mem_get_info()[0]
     left_out = []
-    runs = [(call, partial(many_clips, call)) for call in clips]
-    runs += [(call, partial(long_clip, call, parts)) for call, parts in long]
-    for call, run in runs:
+    runs = [(call, many_clips, ()) for call in clips] + [(call, long_clip, (parts,)) for call, parts in long]
+    for (call, run, parts), name in itertools.product(runs, backends):
+        call = replace(call, backend=name)
         if free is not None and needed(call) > free:
             left_out.append(f"{call}: needs {needed(call) / GIB:.0f} GiB")
             continue
         with checks.check(str(call)) as say:
-            say(run(device, limit))
+            say(run(call, *parts, device, limit))
         if not args.cpu:
             torch.cuda.empty_cache()
     checks.facts["left out"] = left_out
     more = f"; too little memory for {len(left_out)}" if left_out else ""
-    return checks.end(f"{len(checks.found)} launches, clips and sequences checked against float64{more}")
+    return checks.end(
+        f"{len(checks.found)} launches, clips and sequences checked against float64{more}{without(checks)}"
+    )
 
 
 if __name__ == "__main__":

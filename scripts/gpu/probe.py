@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 SKIPPED = 77  # exit status that the runner takes for "nothing to do here"
+BACKENDS = ("triton", "cuda")  # whose kernels run on a GPU
 
 
 def options(description: str, *more) -> argparse.Namespace:
@@ -30,13 +31,20 @@ def options(description: str, *more) -> argparse.Namespace:
     return args
 
 
-def backend_or_raise(device: str, dtype) -> str:
-    """The kernels under test. Raises RuntimeError with their reason where they cannot run."""
+def backends_or_raise(checks: Checks, device: str, dtype) -> list[str]:
+    """The backends under test. The result says why the others cannot run. Raises RuntimeError where none can."""
     from timesformer_kernels import registry
 
-    if reason := registry.get("triton").why_not(device, dtype, 64):
-        raise RuntimeError(f"backend triton cannot run: {reason}")
-    return "triton"
+    reasons = {name: registry.get(name).why_not(device, dtype, 64) for name in BACKENDS}
+    checks.facts["cannot run"] = unable = {name: reason for name, reason in reasons.items() if reason is not None}
+    if len(unable) == len(BACKENDS):
+        raise RuntimeError("; ".join(f"backend {name} cannot run: {reason}" for name, reason in unable.items()))
+    return [name for name in BACKENDS if name not in unable]
+
+
+def without(checks: Checks) -> str:
+    """Of the line of the table: which backends could not run, "" where all could."""
+    return "".join(f"; {name} cannot run: {reason}" for name, reason in checks.facts["cannot run"].items())
 
 
 class Checks:

@@ -24,9 +24,9 @@ CPU_TESTS = {
     "rest": "test_grid or test_info or test_sampling",
 }
 # Beside these, the goals of benchmarks/goals.py speak of stock kernels on operands that lie ready.
-GOAL_ROWS = "triton sdpa sdpa-flash-no-copies sdpa-cudnn-no-copies copy"
-COMPILED_ROWS = "triton sdpa-packed flex-packed compile compile-reduce-overhead copy"
-BATCH_ROWS = "triton sdpa sdpa-flash sdpa-efficient sdpa-cudnn eager"
+GOAL_ROWS = "triton cuda sdpa sdpa-flash-no-copies sdpa-cudnn-no-copies copy"
+COMPILED_ROWS = "triton cuda sdpa-packed flex-packed compile compile-reduce-overhead copy"
+BATCH_ROWS = "triton cuda sdpa sdpa-flash sdpa-efficient sdpa-cudnn eager"
 
 
 @dataclass(frozen=True)
@@ -154,12 +154,25 @@ def bench(tiny: str, *runs: str) -> Callable[[Context], list[list[str]]]:
     return commands
 
 
+def and_choose(commands: Callable[[Context], list[list[str]]]) -> Callable[[Context], list[list[str]]]:
+    """Then DIR/choice.json: the rules by which `auto` would choose after these benchmarks."""
+
+    def both(context: Context) -> list[list[str]]:
+        program, out = context.root / "scripts" / "choose_backend.py", context.folder.parent / "choice.json"
+        return [*commands(context), [sys.executable, str(program), str(context.folder), "--out", str(out)]]
+
+    both.sources = ("scripts/choose_backend.py",)
+    return both
+
+
 # First what the goals speak of, then the peers at one shape, then those that must be compiled.
-CORE = bench(
-    "--level core --scheme time --direction forward+backward",
-    "--level core --frames 8 96 --img-size 224 448 --direction forward backward --seconds 0.15 --rows " + GOAL_ROWS,
-    "--level core --seconds 0.15",
-    "--level core --scheme time --direction forward --full --rows " + COMPILED_ROWS,
+CORE = and_choose(
+    bench(
+        "--level core --scheme time --direction forward+backward",
+        "--level core --frames 8 96 --img-size 224 448 --direction forward backward --seconds 0.15 --rows " + GOAL_ROWS,
+        "--level core --seconds 0.15",
+        "--level core --scheme time --direction forward --full --rows " + COMPILED_ROWS,
+    )
 )
 ALL = bench(
     "--level core --scheme space --direction forward --rows sdpa",
@@ -198,19 +211,19 @@ def stage(name: str, about: str, limits: str, commands, finding=findings.plain, 
 STAGES = (
     stage("env", "versions, GPU, driver, clocks", "15 15 15", script("environment"), findings.env, always=True),
     stage("build", "the package, without network", "60 60 25", script("build_package"), always=True),
-    stage("tests-kernels", "tests of the kernels", "105 45 35", kernel_tests, findings.tests, "tests"),
-    stage("registration", "what torch does to an op", "40 20 30", registration, findings.registration, "tests"),
-    stage("graphs", "CUDA graphs replayed on new inputs against eager", "35 20 20", script("graphs")),
-    stage("streams", "side streams, threads, several GPUs", "15 12 12", script("streams")),
-    stage("large", "65,536 sequences, 2^31 elements, and more", "25 15 12", script("large")),
-    stage("sanitizers", "memcheck, racecheck, initcheck of every kernel", "50 30 15", script("sanitizers")),
+    stage("tests-kernels", "tests of the kernels", "97 42 34", kernel_tests, findings.tests, "tests"),
+    stage("registration", "what torch does to an op", "37 20 30", registration, findings.registration, "tests"),
+    stage("graphs", "CUDA graphs replayed on new inputs against eager", "41 22 20", script("graphs")),
+    stage("streams", "side streams, threads, several GPUs", "17 12 12", script("streams")),
+    stage("large", "65,536 clips or sequences, 2^31 elements, and more", "35 18 12", script("large")),
+    stage("sanitizers", "memcheck, racecheck, initcheck of every kernel", "46 28 15", script("sanitizers")),
     stage("ceilings", "copy bandwidth and matrix products", "15 12 12", script("ceilings"), findings.ceilings),
-    stage("bench-core", "attention, against every peer", "60 15 15", CORE, findings.bench),
+    stage("bench-core", "attention, against every peer; choice.json", "60 15 16", CORE, findings.chosen),
     stage("bench-block", "half-block and block", "20 12 12", BLOCK, findings.bench),
     stage("bench-model", "TimeSformer-B, forward", "20 12 12", MODEL, findings.bench),
     stage("bench-train", "a training step with AdamW", "20 12 12", TRAIN, findings.bench),
     stage("peers", "largest batch of each peer, and why not more", "15 0 12", PEERS, findings.largest),
     stage("resources", "registers, spills, shared memory", "15 0 16", resources, findings.resources, "scripts"),
     stage("all-peers", "the long list of shapes and peers: with --only", "0 0 10", ALL, findings.bench),
-    stage("tests-rest", "all other tests", "20 0 25", other_tests, findings.tests, "tests", "benchmarks"),
+    stage("tests-rest", "all other tests", "17 0 25", other_tests, findings.tests, "tests", "benchmarks"),
 )

@@ -6,22 +6,24 @@ from __future__ import annotations
 import sys
 import threading
 from contextlib import nullcontext
+from dataclasses import replace
 
 import torch
 from calls import AddLayerNorm, Attention, BiasGelu
-from probe import Checks, backend_or_raise, options
+from probe import Checks, backends_or_raise, options, without
 
 DELAY = 50_000_000  # clock cycles, some 25 ms: a kernel that does not wait for them reads what was there before
 THREADS = 4
 
 
-def calls(cpu: bool) -> list:
+def calls(backends: list[str], cpu: bool) -> list:
     size = dict(grid=(2, 3, 4), heads=2, head_dim=16, batch=1) if cpu else dict(grid=(14, 14, 8), heads=12, batch=2)
     kinds = [Attention("time", cls="exclude", **size), Attention("space", cls="per_group", **size)]
     if not cpu:
         kinds += [Attention("space", (28, 28, 2), "per_group", heads=12, batch=1)]
     width = 24 if cpu else 768
-    return [*kinds, AddLayerNorm(width=width), BiasGelu(width=width)]
+    steps = [AddLayerNorm(width=width), BiasGelu(width=width)] if "triton" in backends else []
+    return [*(replace(call, backend=name) for name in backends for call in kinds), *steps]
 
 
 def stream(cpu: bool, device="cuda"):
@@ -106,8 +108,8 @@ def other_gpu(call, index: int) -> None:
 
 def main() -> int:
     args = options(__doc__.split(":")[0] + ".")
-    checks, kinds = Checks(args.json, "checks"), calls(args.cpu)
-    backend_or_raise("cpu" if args.cpu else "cuda", torch.bfloat16)
+    checks = Checks(args.json, "checks")
+    kinds = calls(backends_or_raise(checks, "cpu" if args.cpu else "cuda", torch.bfloat16), args.cpu)
     for call in kinds:
         with checks.check(f"side stream, {call}"):
             behind_a_delay(call, args.cpu)
@@ -120,7 +122,9 @@ def main() -> int:
                 other_gpu(call, index)
     checks.facts["gpus"] = gpus
     several = f"{gpus} GPUs" if gpus > 1 else "several GPUs: not checked, there is one" if gpus else "no GPU"
-    return checks.end(f"{len(kinds)} calls behind a delay, {THREADS if gpus else 1} threads; {several}")
+    return checks.end(
+        f"{len(kinds)} calls behind a delay, {THREADS if gpus else 1} threads; {several}{without(checks)}"
+    )
 
 
 if __name__ == "__main__":

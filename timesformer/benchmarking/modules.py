@@ -12,6 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from timesformer_kernels import registry
+from timesformer_kernels.grid import view
+
 from . import shapes
 from .peers import COMPILE_MODES, compiled
 from .problem import Problem, Task, errors_of, own_backends, sampled
@@ -40,8 +43,8 @@ def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
 class ModuleProblem(Problem):
     """Base of the levels above the core: a module of ours against the same in plain PyTorch, on the same parameters.
 
-    Row "ours" is backend="auto", "ours-NAME" a backend that it did not choose, "ours-compile" the first by
-    torch.compile. "products" are the Linear layers alone. As written, x [B, S, dim] -> the same shape.
+    Row "ours" is backend="auto", "ours-NAME" a backend that it did not choose for all attention, "ours-compile" the
+    first by torch.compile. "products" are the Linear layers alone. As written, x [B, S, dim] -> the same shape.
     """
 
     kind = "module"
@@ -123,7 +126,10 @@ class ModuleProblem(Problem):
         found = own_backends(self.device, self.dtype, self.shape.head_dim)
         if self.backend is not None:
             return {f"{OURS}-{self.backend}": (self.backend, found[self.backend])}
-        chosen = next(name for name, why in found.items() if why is None)
+        sizes = (self.shape.height, self.shape.width, self.shape.frames)
+        views = (view(scheme, sizes, cls) for scheme, cls in shapes.CLS.items())
+        taken = {registry.resolve("auto", self.device, self.dtype, self.shape.head_dim, v).name for v in views}
+        chosen = taken.pop() if len(taken) == 1 else "auto"  # one for time, another for space
         others = {f"{OURS}-{name}": (name, why) for name, why in found.items() if name != chosen}
         return {OURS: (chosen, None), **others}
 
