@@ -89,7 +89,6 @@ MUTANTS = [
     ),
     Mutant("a tie changes the choice", SCRIPT, "        best = present.backend", "        pass", TESTS),
     Mutant("a graph compared with a plain call", SCRIPT, "if all(ms.values()):", "if any(ms.values()):", TESTS),
-    Mutant("graphs never compared", SCRIPT, '("graph_median_ms", "graph_noise"), ', "", TESTS),
     Mutant("space without its class row", SCRIPT, 'info["locations"] + 1', 'info["locations"]', TESTS),
     Mutant("a rehearsal decides", SCRIPT, ' or info["shape"].startswith("tiny")', "", TESTS),
     Mutant("a CPU decides", SCRIPT, ' or info["device"] != "cuda"', "", TESTS),
