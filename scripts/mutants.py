@@ -251,8 +251,8 @@ MUTANTS = [
     Mutant(
         "named backend falls back",
         REGISTRY_PY,
-        "    if reason := backend.why_not(device_type, dtype, head_dim):\n        raise",
-        "    if (reason := backend.why_not(device_type, dtype, head_dim)) and name != 'cpp':\n        raise",
+        "    if reason := backend.why_not(device.type, dtype, head_dim):\n        raise",
+        "    if (reason := backend.why_not(device.type, dtype, head_dim)) and name != 'cpp':\n        raise",
         BAD_INPUT,
     ),
     Mutant(
