@@ -41,7 +41,9 @@ struct TskAttention {
   const float* cls_weights;  // [B, G] contiguous, weight of each group's class output; null: 1 / G
   void* workspace;           // tsk_attn_workspace() or tsk_cuda_workspace() bytes, 64-byte aligned
   float* stats;         // CUDA: [B, H, G, M, 2] contiguous, each row's largest score and the sum of exp(score - it),
-                        // M members of a sequence; forward: written, backward: read; null: not kept. CPU: unused
+                        // M members of a sequence; forward: written, backward: read; null: not kept. Behind them
+                        // [B, G, H, D], each group's own class output, for TSK_CLS_PER_GROUP where sequences stream
+                        // (tsk_cuda_regime). CPU: unused
   int64_t max_threads;  // CPU: upper bound of parallel workers
   int32_t dtype;        // TskDtype of all tensors
   int32_t cls;          // TskCls

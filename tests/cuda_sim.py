@@ -67,12 +67,18 @@ def regime(case, q, k, v):
     return native_cuda.regime(q, k, v, torch.empty(q.shape, dtype=q.dtype), view_of(case))
 
 
-def tensor_cores(case, aligned=True):
-    """Name of the kernels that serve 16 bits at head_dim 32 or 64."""
+def tensor_cores(case, aligned=True, head_dim=64):
+    """Name of the kernels that serve 16 bits at head_dim 32, 64 or 128."""
     members = view_of(case).length + (case.cls in ("key", "per_group", "global"))
     if not aligned or (case.cls == "global" and members <= 16):
         return "generic"
-    return "short" if members <= 16 else "resident" if members <= 256 and case.cls != "global" else "streaming"
+    return (
+        "short"
+        if members <= 16
+        else "resident"
+        if members <= (128 if head_dim > 64 else 256) and case.cls != "global"
+        else "streaming"
+    )
 
 
 def checked(simt, case, q, k, v, expected, **more):

@@ -4,9 +4,9 @@
 #include "class_row.cuh"
 #include "generic.cuh"
 #include "problem.cuh"
-#include "resident.cuh"
+#include "resident_backward.cuh"
 #include "short.cuh"
-#include "streaming.cuh"
+#include "streaming_backward.cuh"
 
 namespace tsk {
 namespace {
@@ -106,14 +106,19 @@ int64_t place_workspace(Problem* p, bool backward, char* at) {
   };
   if (nothing(*p) || no_sequence(*p)) return 0;
   const int64_t shares = int64_t(p->batch) * p->groups * p->heads, rows = shares * p->members;
+  const bool keeps = p->role == kPerGroup && streaming_shape(*p);  // the forward's parts, for the backward
   if (backward) {
     const Regime regime = regime_of(*p);
     const bool generic = regime == kGeneric;
+    if (p->saved && keeps) p->kept = p->stats + 2 * rows;
     part(p->role != kNoMember, &p->parts, shares * 3 * p->head_dim);
     part(generic || regime == kStreaming, &p->delta, generic ? rows : 3 * rows);
     part(generic && !p->saved, &p->stats, rows * 2);
   } else {
-    part(p->role >= kPerGroup, &p->parts, shares * p->head_dim);
+    if (p->stats && keeps)
+      p->parts = p->stats + 2 * rows;
+    else
+      part(p->role >= kPerGroup, &p->parts, shares * p->head_dim);
     part(p->role == kGlobal, &p->sums, shares * 2);
   }
   return bytes;
@@ -127,8 +132,8 @@ int32_t forward(const Problem& p, cudaStream_t stream) {
   if (regime == kGeneric) status = generic_forward<T>(p, stream);
   if constexpr (sizeof(T) == 2) {
     if (regime == kShort) status = short_forward<T>(p, stream);
-    if (regime == kResident) status = resident<T, false>(p, stream);
-    if (regime == kStreaming) status = streaming<T, false>(p, stream);
+    if (regime == kResident) status = resident_forward<T>(p, stream);
+    if (regime == kStreaming) status = streaming_forward<T>(p, stream);
   }
   if (status || p.role < kPerGroup) return status;
   return class_forward<T>(p, stream);
@@ -142,8 +147,8 @@ int32_t backward(const Problem& p, cudaStream_t stream) {
   if (regime == kGeneric) status = generic_backward<T>(p, stream);
   if constexpr (sizeof(T) == 2) {
     if (regime == kShort) status = short_backward<T>(p, stream);
-    if (regime == kResident) status = resident<T, true>(p, stream);
-    if (regime == kStreaming) status = streaming<T, true>(p, stream);
+    if (regime == kResident) status = resident_backward<T>(p, stream);
+    if (regime == kStreaming) status = streaming_backward<T>(p, stream);
   }
   if (status || p.role == kNoMember) return status;
   return class_backward<T>(p, stream);
@@ -188,6 +193,9 @@ int32_t run(const TskAttention* a, bool back, int32_t device, void* stream_point
   if (nothing(p)) return TSK_OK;
   if (back && p.role == kGlobal && !no_sequence(p) && !(p.saved && p.out.data))
     return fail(TSK_INVALID, "the backward of mode \"global\" needs the forward's result and statistics");
+  if (back && !no_sequence(p) && regime_of(p) == kStreaming && !(p.saved && p.out.data))
+    return fail(TSK_INVALID, "the backward of sequences of %d members needs the forward's result and statistics",
+                int(p.members));
   const int64_t bytes = place_workspace(&p, back, static_cast<char*>(a->workspace));
   if (bytes && !a->workspace) return fail(TSK_INVALID, "%lld bytes of workspace are missing", (long long)bytes);
   OnDevice guard(device);

@@ -205,5 +205,13 @@ DEVICE float reciprocal(float x) {
   return 1.0f / x;
 #endif
 }
+// a * b, rounded: never a part of a fused multiply-add
+DEVICE float times(float a, float b) {
+#ifdef __CUDACC__
+  return __fmul_rn(a, b);
+#else
+  return a * b;
+#endif
+}
 
 }  // namespace tsk

@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the kernels of sequences over 16 members share: rows in shared memory, a warp with 16 of them, a softmax whose
-// scores come 16 keys at a time.
+// What the kernels of sequences over 16 members share: rows in shared memory and in registers, a warp with tiles of 16
+// of them, a softmax whose scores come 16 keys at a time.
 //
 // Rows lie in shared memory as 16-byte chunks, chunk c of row r in place c ^ r (its lowest bits): eight rows of one
-// chunk are in eight different groups of four banks, as ldmatrix reads them.
+// chunk are in eight different groups of four banks, as ldmatrix reads them. What one warp alone needs goes between
+// global memory and registers without them: 16 bytes to a lane, turned into fragments by quad_transpose.
 #pragma once
 #include <atomic>
 
@@ -11,30 +12,54 @@
 
 namespace tsk {
 
-constexpr int kRowTile = 16;  // rows of a warp; shorter sequences are short.cuh's
-constexpr int kRowWarps = 8;  // of a block, at most
-constexpr int kRowThreads = 32 * kRowWarps;
-constexpr int kRowShared = 99 * 1024;  // bytes a block may have on every architecture
+constexpr int kRowTile = 16;               // rows of a tile; sequences of no more are short.cuh's
+constexpr int kRowShared = 99 * 1024;      // bytes a block may have on every architecture
+constexpr int kResidentMembers = 256;      // the longest sequence that a block holds whole
+constexpr int kResidentMembersWide = 128;  // with a head_dim of 128
+
+// Whether a block holds a whole sequence, in both directions; others stream, and their backward needs the forward's
+// statistics. Mirrored by backends/cuda.py, stats_size().
+inline bool holds_sequence(const Problem& p) {
+  return p.members <= (p.head_dim > 64 ? kResidentMembersWide : kResidentMembers) && p.role != kGlobal;
+}
 
 // --- rows in shared memory -----------------------------------------------------------------------------------------
 
-// Where a chunk of 8 elements of a row lies.
-template <int D, class T>
-DEVICE T* chunk_of(T* rows, int row, int chunk) {
+// Where a chunk of 8 elements of a row lies. From a row that is a multiple of 16 on, that of chunk a ^ b is that of
+// chunk a, ^ 8 b.
+template <int D>
+DEVICE int chunk_place(int row, int chunk) {
   constexpr int kChunks = D / 8, kMask = kChunks < 8 ? kChunks - 1 : 7;
   const int turn = (kChunks < 8 ? row / (8 / kChunks) : row) & kMask;
-  return rows + row * D + 8 * (chunk ^ turn);
+  return row * D + 8 * (chunk ^ turn);
+}
+template <int D, class T>
+DEVICE T* chunk_of(T* rows, int row, int chunk) {
+  return rows + chunk_place<D>(row, chunk);
 }
 
-// Starts the copy of members first to first + count - 1 by `threads` threads, zeros from `end` on and before `begin`.
-template <int D, class T>
-DEVICE void fetch_rows(T* to, const Problem& p, const Tensor& x, const T* head, int32_t start, int first, int count,
-                       int begin, int end, int thread, int threads) {
-  for (int i = thread; i < count * (D / 8); i += threads) {
-    const int row = i / (D / 8), chunk = i % (D / 8), member = first + row;
-    const bool exists = member >= begin && member < end;
-    const T* from = row_of(head, x, member_row(p, start, exists ? member : end - 1)) + 8 * chunk;
-    cp_async16(chunk_of<D>(to, row, chunk), from, exists ? 16 : 0);
+// Until at most `left` of this thread's groups of copies, 3 or fewer, are under way.
+DEVICE void cp_async_wait_for(int left) {
+  if (left >= 3) return cp_async_wait<3>();
+  if (left == 2) return cp_async_wait<2>();
+  if (left == 1) return cp_async_wait<1>();
+  cp_async_wait<0>();
+}
+
+// --- rows in registers ---------------------------------------------------------------------------------------------
+
+// The lanes of a quad hold four times four words: word i of lane t changes places with word t of lane i.
+DEVICE void quad_transpose(uint32_t (&x)[4]) {
+  const int t = threadIdx.x & 3;
+#pragma unroll
+  for (int far = 1; far <= 2; far *= 2) {
+    const bool upper = t & far;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      uint32_t &low = x[far == 1 ? 2 * i : i], &high = x[far == 1 ? 2 * i + 1 : i + 2];
+      const uint32_t other = __shfl_xor_sync(~0u, upper ? low : high, far);
+      (upper ? low : high) = other;
+    }
   }
 }
 
@@ -42,46 +67,75 @@ DEVICE void fetch_rows(T* to, const Problem& p, const Tensor& x, const T* head, 
 template <int D>
 struct LeftRows {
   uint32_t x[D / 16][4];
-
-  template <class T>
-  DEVICE void load(const T* rows) {
-    const int lane = threadIdx.x & 31;
-#pragma unroll
-    for (int k = 0; k < D / 16; ++k) ldmatrix<4>(x[k], chunk_of<D>(rows, lane & 15, 2 * k + (lane >> 4)));
-  }
 };
 
-// sums[n] = left x^T for the rows of x from first + 8 n on
-template <class T, int D>
-DEVICE void inner_rows(float (&sums)[2][4], const LeftRows<D>& left, const T* x, int first) {
-  const int lane = threadIdx.x & 31;
+// s[tile][step] = left x^T for the 16 rows of x from `first` on
+template <class T, int D, int TILES, int STEPS>
+DEVICE void inner_rows(float (&s)[TILES][STEPS][2][4], int step, const LeftRows<D> (&left)[TILES], const T* x,
+                       int first) {
+  const int lane = threadIdx.x & 31, right = chunk_place<D>((lane >> 4) * 8 + (lane & 7), lane >> 3 & 1);
 #pragma unroll
-  for (int i = 0; i < 4; ++i) sums[0][i] = sums[1][i] = 0;
+  for (int i = 0; i < 8 * TILES; ++i) s[i >> 3][step][i >> 2 & 1][i & 3] = 0;
 #pragma unroll
   for (int k = 0; k < D / 16; ++k) {
     uint32_t b[4];
-    ldmatrix<4>(b, chunk_of<D>(x, first + (lane >> 4) * 8 + (lane & 7), 2 * k + (lane >> 3 & 1)));
-    const uint32_t (&a)[4] = left.x[k];
-    mma<T>(sums[0], a[0], a[1], a[2], a[3], b[0], b[1]);
-    mma<T>(sums[1], a[0], a[1], a[2], a[3], b[2], b[3]);
+    ldmatrix<4>(b, x + first * D + (right ^ 16 * k));
+#pragma unroll
+    for (int i = 0; i < TILES; ++i) {
+      const uint32_t (&a)[4] = left[i].x[k];
+      mma<T>(s[i][step][0], a[0], a[1], a[2], a[3], b[0], b[1]);
+      mma<T>(s[i][step][1], a[0], a[1], a[2], a[3], b[2], b[3]);
+    }
   }
 }
 
-// acc += weights(16 x 16) x for the 16 rows of x from `first` on
-template <class T, int D>
-DEVICE void mix_rows(float (&acc)[D / 8][4], const float (&weights)[2][4], const T* x, int first) {
-  const int lane = threadIdx.x & 31;
-  uint32_t w[4], b[4];
-  pack_weights<T>(w, weights);
+// The same of 16 TILES rows in shared memory, for which there is no room in registers.
+template <class T, int D, int TILES, int STEPS>
+DEVICE void inner_shared(float (&s)[TILES][STEPS][2][4], int step, const T* left, const T* x, int first) {
+  const int lane = threadIdx.x & 31, right = chunk_place<D>((lane >> 4) * 8 + (lane & 7), lane >> 3 & 1);
+  const int own = chunk_place<D>(lane & 15, lane >> 4);
+#pragma unroll
+  for (int i = 0; i < 8 * TILES; ++i) s[i >> 3][step][i >> 2 & 1][i & 3] = 0;
+#pragma unroll
+  for (int k = 0; k < D / 16; ++k) {
+    uint32_t a[4], b[4];
+    ldmatrix<4>(b, x + first * D + (right ^ 16 * k));
+#pragma unroll
+    for (int i = 0; i < TILES; ++i) {
+      ldmatrix<4>(a, left + 16 * i * D + (own ^ 16 * k));
+      mma<T>(s[i][step][0], a[0], a[1], a[2], a[3], b[0], b[1]);
+      mma<T>(s[i][step][1], a[0], a[1], a[2], a[3], b[2], b[3]);
+    }
+  }
+}
+
+// acc[tile] += w[tile] x, w packed weights of the 16 rows of x from `first` on
+template <class T, int D, int TILES>
+DEVICE void mix_packed(float (&acc)[TILES][D / 8][4], const uint32_t (&w)[TILES][4], const T* x, int first) {
+  const int lane = threadIdx.x & 31, right = chunk_place<D>(lane & 15, lane >> 4);
+  uint32_t b[4];
 #pragma unroll
   for (int c = 0; c < D / 8; c += 2) {
-    ldmatrix<4, true>(b, chunk_of<D>(x, first + (lane & 15), c + (lane >> 4)));
-    mma<T>(acc[c], w[0], w[1], w[2], w[3], b[0], b[1]);
-    mma<T>(acc[c + 1], w[0], w[1], w[2], w[3], b[2], b[3]);
+    ldmatrix<4, true>(b, x + first * D + (right ^ 8 * c));
+#pragma unroll
+    for (int i = 0; i < TILES; ++i) {
+      mma<T>(acc[i][c], w[i][0], w[i][1], w[i][2], w[i][3], b[0], b[1]);
+      mma<T>(acc[i][c + 1], w[i][0], w[i][1], w[i][2], w[i][3], b[2], b[3]);
+    }
   }
 }
 
-// --- a warp's 16 rows ----------------------------------------------------------------------------------------------
+// acc[tile] += weights[tile][step](16 x 16) x for the 16 rows of x from `first` on
+template <class T, int D, int TILES, int STEPS>
+DEVICE void mix_rows(float (&acc)[TILES][D / 8][4], const float (&weights)[TILES][STEPS][2][4], int step, const T* x,
+                     int first) {
+  uint32_t w[TILES][4];
+#pragma unroll
+  for (int i = 0; i < TILES; ++i) pack_weights<T>(w[i], weights[i][step]);
+  mix_packed<T, D>(acc, w, x, first);
+}
+
+// --- a block and its sequence --------------------------------------------------------------------------------------
 
 // One head of one sequence, as a warp of its block sees it.
 template <class T, int D>
@@ -90,52 +144,67 @@ struct Sequence {
   Place at;
   int32_t start;
   int lane, warp, warps, rows;  // rows: M, rounded up to 16
-  T* own;                       // 16 rows of this warp in shared memory
 
-  DEVICE Sequence(const Problem& problem, const Blocks& blocks, T* owns) : p(problem) {
+  DEVICE Sequence(const Problem& problem, const Blocks& blocks) : p(problem) {
     at = place_of(blocks, blockIdx.x), start = group_row(p, at.group);
     lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = blockDim.x >> 5, rows = (p.members + 15) / 16 * 16;
-    own = owns + warp * 16 * D;
   }
 
   DEVICE const T* head(const Tensor& x) const { return head_of<const T>(x, at.batch, at.head); }
   // The first member that is a query: the class row is none for kKey, and what it holds must not be looked at.
   DEVICE int asks() const { return p.role == kKey; }
 
-  // Starts the copy of `count` members from `first` on, by the whole block.
+  // Starts the copy of `count` members from `first` on by the whole block, zeros where they do not exist or come
+  // before `begin`.
   DEVICE void fetch(T* to, const Tensor& x, int first, int count, int begin) const {
-    fetch_rows<D>(to, p, x, head(x), start, first, count, begin, p.members, threadIdx.x, blockDim.x);
+    const T* from = head(x);
+    for (int i = threadIdx.x; i < count * (D / 8); i += blockDim.x) {
+      const int row = i / (D / 8), chunk = i % (D / 8), member = first + row;
+      const bool exists = member >= begin && member < p.members;
+      const int32_t token = member_row(p, start, exists ? member : p.members - 1);
+      cp_async16(chunk_of<D>(to, row, chunk), row_of(from, x, token) + 8 * chunk, exists ? 16 : 0);
+    }
   }
-  // 16 members from `row` on as left operands, through `own`; waits for all copies of this thread.
+  // 16 members from `row` on as left operands, zeros as above.
   DEVICE void load(LeftRows<D>& to, const Tensor& x, int row, int begin) const {
-    __syncwarp();
-    fetch_rows<D>(own, p, x, head(x), start, row, 16, begin, p.members, lane, 32);
-    cp_async_commit();
-    cp_async_wait<0>();
-    __syncwarp();
-    to.load(own);
+    const int g = lane >> 2, t = lane & 3;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int member = row + g + 8 * half;
+      const bool exists = member >= begin && member < p.members;
+      const T* from = row_of(head(x), x, member_row(p, start, exists ? member : p.members - 1)) + 8 * t;
+#pragma unroll
+      for (int c = 0; c < D / 32; ++c) {
+        const uint4 words = exists ? load16(from + 32 * c) : make_uint4(0, 0, 0, 0);
+        uint32_t y[4] = {words.x, words.y, words.z, words.w};
+        quad_transpose(y);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) to.x[2 * c + (i >> 1)][half + 2 * (i & 1)] = y[i];
+      }
+    }
   }
   // Sums [16, D] times a factor for rows g and g + 8 of each lane, into those rows from `row` on that exist and are
   // `begin` or later; with `part`, that of the class row goes there instead, in float32.
   DEVICE void store(const Tensor& x, int row, const float (&acc)[D / 8][4], const float (&factor)[2], int begin,
                     float* part) const {
     const int g = lane >> 2, t = lane & 3;
-    __syncwarp();
 #pragma unroll
-    for (int c = 0; c < D / 8; ++c) {
-      const float a0 = acc[c][0] * factor[0], a1 = acc[c][1] * factor[0];
-      reinterpret_cast<uint32_t*>(chunk_of<D>(own, g, c))[t] = pack<T>(a0, a1);
-      reinterpret_cast<uint32_t*>(chunk_of<D>(own, g + 8, c))[t] =
-          pack<T>(acc[c][2] * factor[1], acc[c][3] * factor[1]);
-      if (part && row + g == 0) part[8 * c + 2 * t] = a0, part[8 * c + 2 * t + 1] = a1;
-    }
-    __syncwarp();
-    T* to = head_of<T>(x, at.batch, at.head);
-    for (int i = lane; i < 16 * (D / 8); i += 32) {
-      const int member = row + i / (D / 8), chunk = i % (D / 8);
-      if (member < begin || member >= p.members || (part && member == 0)) continue;
-      store16(row_of(to, x, member_row(p, start, member)) + 8 * chunk,
-              *reinterpret_cast<const uint4*>(chunk_of<D>(own, member - row, chunk)));
+    for (int half = 0; half < 2; ++half) {
+      const int member = row + g + 8 * half;
+      const bool first = part && member == 0, wanted = member >= begin && member < p.members && !first;
+      T* to = row_of(head_of<T>(x, at.batch, at.head), x, member_row(p, start, wanted ? member : 0)) + 8 * t;
+#pragma unroll
+      for (int c = 0; c < D / 32; ++c) {
+        uint32_t y[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const float low = acc[4 * c + i][2 * half] * factor[half], high = acc[4 * c + i][2 * half + 1] * factor[half];
+          y[i] = pack<T>(low, high);
+          if (first) part[32 * c + 8 * i + 2 * t] = low, part[32 * c + 8 * i + 2 * t + 1] = high;
+        }
+        quad_transpose(y);
+        if (wanted) store16(to + 32 * c, make_uint4(y[0], y[1], y[2], y[3]));
+      }
     }
   }
   // Zeros for row 0 where it takes no part, by the first warp of a clip's first block.
@@ -144,39 +213,65 @@ struct Sequence {
   }
 };
 
-// Of rows g and g + 8 of a lane: largest score so far in units of log2, this lane's share of sum(e) and sum(e * dp).
-struct RowSums {
-  float top[2] = {-INFINITY, -INFINITY}, total[2] = {}, dot[2] = {};
+// --- softmax -------------------------------------------------------------------------------------------------------
 
-  // The factor by which what was summed up so far shrinks; s, scores of 16 keys each, become exponentials.
-  template <int N>
-  DEVICE void add(float (&s)[N][2][4], const float (&dp)[N][2][4], bool backward, float (&shrink)[2]) {
+// Of rows g and g + 8 of a lane: largest score so far in units of log2, this lane's share of the sum of exponentials.
+struct RowSums {
+  float top[2] = {-INFINITY, -INFINITY}, total[2] = {};
+
+  // Takes in scores of 16 STEPS keys, which become exponentials. shrink: the factors of what was summed up before.
+  template <int STEPS>
+  DEVICE void add(float (&s)[STEPS][2][4], float (&shrink)[2]) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       float now = top[half];
 #pragma unroll
-      for (int i = 0; i < 4 * N; ++i) now = fmaxf(now, s[i >> 2][i >> 1 & 1][2 * half + (i & 1)]);
+      for (int i = 0; i < 4 * STEPS; ++i) now = fmaxf(now, s[i >> 2][i >> 1 & 1][2 * half + (i & 1)]);
       now = quad_max(now);
       const float zero = now == -INFINITY ? 0.0f : now;  // nothing but -inf so far is no NaN yet
-      shrink[half] = ex2(top[half] - zero), top[half] = now;
-      total[half] *= shrink[half], dot[half] *= shrink[half];
+      shrink[half] = ex2(top[half] - zero);
+      top[half] = now, total[half] *= shrink[half];
 #pragma unroll
-      for (int i = 0; i < 4 * N; ++i) {
+      for (int i = 0; i < 4 * STEPS; ++i) {
         float& e = s[i >> 2][i >> 1 & 1][2 * half + (i & 1)];
         e = ex2(e - zero), total[half] += e;
-        if (backward) dot[half] = fmaf(e, dp[i >> 2][i >> 1 & 1][2 * half + (i & 1)], dot[half]);
       }
     }
   }
 };
 
+// The scores of 16 STEPS keys into the sums, and acc made to fit them. A warp whose largest scores stay has nothing to
+// do for that: true of most steps but the first.
+template <int TILES, int STEPS, int N>
+DEVICE void add_scores(RowSums (&sums)[TILES], float (&s)[TILES][STEPS][2][4], float (&acc)[TILES][N][4]) {
+  float shrink[TILES][2];
+  bool shrinks = false;
+#pragma unroll
+  for (int i = 0; i < TILES; ++i) {
+    sums[i].add(s[i], shrink[i]);
+    shrinks |= !(shrink[i][0] == 1.0f && shrink[i][1] == 1.0f);
+  }
+  if (!__any_sync(~0u, shrinks)) return;
+#pragma unroll
+  for (int i = 0; i < 4 * N * TILES; ++i) acc[i / (4 * N)][i / 4 % N][i & 3] *= shrink[i / (4 * N)][i >> 1 & 1];
+}
+
 // Scores of 16 keys from `key` on in units of log2, -inf for those that do not exist.
 DEVICE void scale_scores(float (&s)[2][4], float scale, int key, int members, int t) {
 #pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    const int column = key + 8 * (i >> 2) + 2 * t + (i & 1);
-    s[i >> 2][i & 3] = column < members ? s[i >> 2][i & 3] * scale : -INFINITY;
-  }
+  for (int i = 0; i < 8; ++i) s[i >> 2][i & 3] *= scale;
+  if (key + 16 <= members) return;
+#pragma unroll
+  for (int i = 0; i < 8; ++i)
+    if (key + 8 * (i >> 2) + 2 * t + (i & 1) >= members) s[i >> 2][i & 3] = -INFINITY;
+}
+
+// A row's largest score in natural units and its sum. That is made relative to what `log2_top` of the former is, which
+// is not the score itself: at scores of 1e5 the last bit counts.
+DEVICE float log2_top(float natural) { return times(natural, kLog2e); }
+DEVICE float2 natural_sums(float top, float total) {
+  const float natural = times(top, kLn2);
+  return make_float2(natural, total * ex2(top - log2_top(natural)));
 }
 
 // --- host -----------------------------------------------------------------------------------------------------------

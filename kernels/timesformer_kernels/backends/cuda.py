@@ -10,8 +10,9 @@ from ..registry import Backend
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_HEAD_DIM = 256
-# Of 16 bits: the kernels on tensor cores, whose backward needs the forward's statistics for mode "global" alone.
+# Of 16 bits: the kernels on tensor cores, and up to how many members of a sequence a block holds it whole.
 TENSOR_CORE_HEAD_DIMS = (32, 64, 128)
+RESIDENT_MEMBERS = {32: 256, 64: 256, 128: 128}
 
 
 def forward(q, k, v, view, scale, cls_weights, stats=None):
@@ -34,21 +35,26 @@ def _dense(cls_weights):
 
 
 def stats_size(shape, dtype: torch.dtype, view):
-    """Numbers that the forward keeps: [B, H, G, M, 2], largest score and sum of exponentials of each member's row.
+    """Numbers that the forward keeps: [B, H, G, M, 2], largest score and sum of exponentials of each member's row; for
+    mode "per_group" and sequences that stream also [B, G, H, D], each group's own class output.
 
-    None where tensor cores serve the call, whose backward makes them again. Where they turn out not to (rows that are
-    not aligned) the generic backward makes them, too.
+    None where tensor cores hold a sequence whole, whose backward makes them again. Where they turn out not to (rows
+    that are not aligned) the generic backward makes them, too.
     """
     B, S, H, D = shape
     if dtype not in DTYPES or D > MAX_HEAD_DIM:
         return 0
     G, M = view.num_groups, view.members
+    tensor_cores, outputs = dtype.itemsize == 2 and D in TENSOR_CORE_HEAD_DIMS, 0
     if view.cls == "global":
         if not G * view.length:
             G = M = 1
-    elif dtype.itemsize == 2 and D in TENSOR_CORE_HEAD_DIMS:
-        return 0
-    return B * H * G * M * 2
+    elif tensor_cores:
+        if M <= RESIDENT_MEMBERS[D]:
+            return 0
+        if view.cls == "per_group":
+            outputs = B * G * H * D
+    return B * H * G * M * 2 + outputs
 
 
 def _no_gpu(library: native_cuda.Library) -> str | None:
