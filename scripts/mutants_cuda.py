@@ -5,43 +5,59 @@ from mutants import Mutant
 
 FILE = "tests/test_cuda.py"
 LONG = (FILE, "-k", "long_lengths or space_on_tensor or class_row_weights or keys_of_weight or every_scheme_on")
+ROW_TESTS = "tests/test_cuda_rows.py"
+TILES = (ROW_TESTS, "-k", "16_queries or 32_queries or wide_heads or that_stream or many_groups")
+KEPT = (ROW_TESTS, "-k", "many_groups or is_kept or are_kept or without_statistics or hard_inputs")
+FINITE = (ROW_TESTS, "-k", "not_finite or weight_zero")
 SHORT = (FILE, "-k", "short or not_finite or class_row_weights")
 PLAIN = (FILE, "-k", "generic_lengths or class_row_weights")
-SHORT_CUH, ROWS, RESIDENT, STREAMING, GENERIC, CLASS_ROW, LAUNCH = (
+SHORT_CUH, ROWS, RESIDENT, RESIDENT_BACKWARD, STREAMING, STREAMING_BACKWARD, GENERIC, CLASS_ROW, LAUNCH = (
     f"csrc/cuda/{name}"
-    for name in ("short.cuh", "rows.cuh", "resident.cuh", "streaming.cuh", "generic.cuh", "class_row.cuh", "launch.cu")
+    for name in (
+        "short.cuh",
+        "rows.cuh",
+        "resident.cuh",
+        "resident_backward.cuh",
+        "streaming.cuh",
+        "streaming_backward.cuh",
+        "generic.cuh",
+        "class_row.cuh",
+        "launch.cu",
+    )
 )
 
 MUTANTS = [
-    # Rows in shared memory, 17 members and more
+    # Rows in shared memory and in registers, 17 members and more
     Mutant(
         "CUDA: chunks of one row not turned against another's",
         ROWS,
-        "cp_async16(chunk_of<D>(to, row, chunk), from",
-        "cp_async16(to + row * D + 8 * chunk, from",
+        "cp_async16(to + place, row_of(head(x)",
+        "cp_async16(to + row * D + 8 * chunk, row_of(head(x)",
         LONG,
     ),
     Mutant(
         "CUDA: keys that do not exist have scores",
         ROWS,
-        "column < members ? s[i >> 2][i & 3] * scale : -INFINITY",
-        "column <= members ? s[i >> 2][i & 3] * scale : -INFINITY",
+        "if (key + 8 * (i >> 2) + 2 * t + (i & 1) >= members)",
+        "if (key + 8 * (i >> 2) + 2 * t + (i & 1) > members)",
         LONG,
     ),
     Mutant("CUDA: the class row is a query", ROWS, "return p.role == kKey; }", "return 0 * p.role; }", LONG),
     Mutant(
-        "CUDA: sums do not shrink",
+        "CUDA: words of a quad exchanged once",
         ROWS,
-        "total[half] *= shrink[half], dot[half] *= shrink[half];",
-        "dot[half] *= shrink[half];",
+        "for (int far = 1; far <= 2; far *= 2)",
+        "for (int far = 1; far < 2; far *= 2)",
         LONG,
     ),
+    Mutant("CUDA: sums do not shrink", ROWS, "top[half] = now, total[half] *= shrink[half];", "top[half] = now;", LONG),
+    Mutant("CUDA: outputs do not shrink", ROWS, "if (!__any_sync(~0u, shrinks)) return;", "return;", LONG),
     Mutant(
-        "CUDA: sum(e * dp) does not shrink",
+        "CUDA: outputs of the second tile do not shrink",
         ROWS,
-        "total[half] *= shrink[half], dot[half] *= shrink[half];",
-        "total[half] *= shrink[half];",
-        LONG,
+        "shrinks |= !(shrink[i][0]",
+        "shrinks = !(shrink[0][0]",
+        TILES,
     ),
     Mutant(
         "CUDA: nothing but -inf so far is NaN",
@@ -53,30 +69,140 @@ MUTANTS = [
     Mutant(
         "CUDA: another row taken for the class row",
         ROWS,
-        "if (part && row + g == 0)",
-        "if (part && row + g == 1)",
+        "const bool first = part && member == 0,",
+        "const bool first = part && member == 1,",
         LONG,
+    ),
+    Mutant(
+        "CUDA: a score rounded on its way to the backward", ROWS, "total * ex2(top - log2_top(natural))", "total", KEPT
+    ),
+    # A block with a whole sequence
+    Mutant(
+        "CUDA: keys before they have landed",
+        RESIDENT,
+        "cp_async_wait_for(kResidentMembers / kResidentKeys - 1 - key / kResidentKeys);",
+        "cp_async_wait_for(3);",
+        TILES,
+    ),
+    Mutant("CUDA: keys of other threads before they have landed", RESIDENT, "      __syncthreads();\n", "", TILES),
+    Mutant(
+        "CUDA: both blocks of a sequence have the same queries",
+        RESIDENT,
+        "16 * TILES * (at.tile * block.warps + block.warp)",
+        "16 * TILES * (0 * at.tile * block.warps + block.warp)",
+        TILES,
     ),
     Mutant(
         "CUDA: share of a group missing, resident",
-        RESIDENT,
-        "factor[half] *= class_share(p, at.batch, at.group);",
-        "factor[half] *= 1.0f;",
-        LONG,
+        RESIDENT_BACKWARD,
+        "factor *= class_share(p, at.batch, at.group);",
+        "factor *= 1.0f;",
+        TILES,
     ),
     Mutant(
-        "CUDA: queries fetched while keys are read",
-        RESIDENT,
-        "  __syncthreads();  // nobody looks at keys and values any more\n",
+        "CUDA: triples before all warps have told theirs",
+        RESIDENT_BACKWARD,
+        "    __syncthreads();  // triples of this tile",
+        "    // triples of this tile",
+        TILES,
+    ),
+    Mutant(
+        "CUDA: the last ds read before all warps have written theirs",
+        RESIDENT_BACKWARD,
+        "  __syncthreads();\n  finish(",
+        "  finish(",
+        TILES,
+    ),
+    Mutant(
+        "CUDA: queries of the next tile before they have landed",
+        RESIDENT_BACKWARD,
+        "    cp_async_wait<0>();\n",
         "",
-        LONG,
+        TILES,
     ),
     Mutant(
-        "CUDA: values before they have landed",
-        ROWS,
-        "    cp_async_wait<0>();\n    __syncwarp();\n    to.load(own);",
-        "    __syncwarp();\n    to.load(own);",
-        LONG,
+        "CUDA: a tile overwritten while it is in use",
+        RESIDENT_BACKWARD,
+        "buffer == 0 ? kBuffers - 1 : buffer - 1",
+        "buffer",
+        TILES,
+    ),
+    Mutant(
+        "CUDA: ds of two tiles in one place",
+        RESIDENT_BACKWARD,
+        "T* to = ds + turn * rows * kQueries;",
+        "T* to = ds + (turn ^ 1) * rows * kQueries;",
+        TILES,
+    ),
+    Mutant(
+        "CUDA: triples of two tiles in one place",
+        RESIDENT_BACKWARD,
+        "const int told = turn * block.warps",
+        "const int told = 0 * turn * block.warps",
+        TILES,
+    ),
+    Mutant(
+        "CUDA: sums of warps added as they are",
+        RESIDENT_BACKWARD,
+        "const float share = ex2(tops[from + w * kQueries] - top);",
+        "const float share = 1;",
+        TILES,
+    ),
+    Mutant(
+        "CUDA: another warp's largest score taken for one's own",
+        RESIDENT_BACKWARD,
+        "float factor = ex2(tops[from + warp * kQueries] - top)",
+        "float factor = ex2(tops[from] - top)",
+        TILES,
+    ),
+    Mutant(
+        "CUDA: only every second warp's sums",
+        RESIDENT_BACKWARD,
+        "      total += __shfl_xor_sync(~0u, total, 16);\n",
+        "",
+        TILES,
+    ),
+    Mutant(
+        "CUDA: only every second warp's delta",
+        RESIDENT_BACKWARD,
+        "      dot += __shfl_xor_sync(~0u, dot, 16);\n",
+        "",
+        TILES,
+    ),
+    Mutant(
+        "CUDA: a warp that has nothing but -inf",
+        RESIDENT_BACKWARD,
+        "const float zero = all == -INFINITY ? 0.0f : all;",
+        "const float zero = all;",
+        FINITE,
+    ),
+    Mutant(
+        "CUDA: keys that do not exist have probabilities",
+        RESIDENT_BACKWARD,
+        "< p.members ? 0.0f : -INFINITY;  // a key",
+        "<= p.members ? 0.0f : -INFINITY;  // a key",
+        TILES,
+    ),
+    Mutant(
+        "CUDA: ds transposed in shared memory",
+        RESIDENT_BACKWARD,
+        "16 * warp + g + 8 * (i & 1), 2 * j + (i >> 1)",
+        "16 * warp + g + 8 * (i >> 1), 2 * j + (i & 1)",
+        TILES,
+    ),
+    Mutant(
+        "CUDA: a query that is none has a probability, resident",
+        RESIDENT_BACKWARD,
+        "if (all != ~0u && !(all >> column & 1)) e = d = 0;",
+        "if (all != ~0u && !(all >> column & 1)) d = 0;",
+        FINITE,
+    ),
+    Mutant(
+        "CUDA: class row of dq without its part",
+        RESIDENT_BACKWARD,
+        "const bool part = p.role == kPerGroup && first == 0;",
+        "const bool part = p.role == kPerGroup && first < 0;",
+        TILES,
     ),
     # What passes by
     Mutant("CUDA: a block read before it has landed", STREAMING, "cp_async_wait<1>();", "cp_async_wait<2>();", LONG),
@@ -103,7 +229,7 @@ MUTANTS = [
     ),
     Mutant(
         "CUDA: the class key counted in every group, gradients of keys",
-        STREAMING,
+        STREAMING_BACKWARD,
         "p.role == kGlobal && at.group > 0 && row == 0",
         "p.role == kGlobal && at.group < 0 && row == 0",
         LONG,
@@ -111,16 +237,54 @@ MUTANTS = [
     Mutant(
         "CUDA: parts of a global class row divided too early",
         STREAMING,
-        "factor[half] = global ? 1.0f : reciprocal(total);",
-        "factor[half] = reciprocal(total);",
+        "global ? kept.y * reciprocal(total) : reciprocal(total)",
+        "reciprocal(total)",
         LONG,
     ),
     Mutant(
-        "CUDA: sum(p * dp) of a global class row from its own group",
-        STREAMING,
-        "factor[half] = reciprocal(from[1]), delta[half] = 0;",
-        "factor[half] = reciprocal(from[1]);",
-        LONG,
+        "CUDA: sum(p * dp) of the mean class row taken for a group's",
+        STREAMING_BACKWARD,
+        "if (p.role == kPerGroup && row + 16 * i == 0 && g == 0)",
+        "if (p.role == kPerGroup && row + 16 * i < 0 && g == 0)",
+        KEPT,
+    ),
+    Mutant(
+        "CUDA: share of a group missing, streaming",
+        STREAMING_BACKWARD,
+        "factor[i][half] *= class_share(p, at.batch, at.group);",
+        "factor[i][half] *= 1.0f;",
+        KEPT,
+    ),
+    Mutant(
+        "CUDA: sum(p * dp) of one half of the head",
+        STREAMING_BACKWARD,
+        "for (int i = 0; i < D / 4; ++i)",
+        "for (int i = 0; i < D / 8; ++i)",
+        TILES,
+    ),
+    Mutant(
+        "CUDA: a query that is none has a probability, streaming",
+        STREAMING_BACKWARD,
+        "const bool edge = first + query == 0 || first",
+        "const bool edge = first + query < 0 || first",
+        FINITE,
+    ),
+    Mutant(
+        "CUDA: numbers of queries that do not exist",
+        STREAMING_BACKWARD,
+        "none(query + i / 3) ? 0.0f : from[i]",
+        "from[i]",
+        TILES,
+    ),
+    Mutant(
+        "CUDA: a group's own class output not kept", LAUNCH, "if (p->stats && keeps)", "if (p->stats && !keeps)", KEPT
+    ),
+    Mutant(
+        "CUDA: a backward without statistics goes on",
+        LAUNCH,
+        "regime_of(p) == kStreaming && !(p.saved && p.out.data)",
+        "regime_of(p) == kStreaming && !(p.saved || !p.out.data)",
+        KEPT,
     ),
     # Short sequences, the plain kernel, the class row
     Mutant(

@@ -29,8 +29,7 @@ __global__ void __launch_bounds__(TILES == 2 ? 128 : 256, TILES == 2 ? 3
 #pragma unroll
   for (int first = 0; first < kResidentMembers; first += kResidentKeys) {
     const int count = rows - first < kResidentKeys ? rows - first : kResidentKeys;
-    block.fetch(keys + first * D, p.k, first, count, 0);
-    block.fetch(values + first * D, p.v, first, count, 0);
+    block.fetch(keys + first * D, p.k, first, count, 0, values + first * D, &p.v);
     cp_async_commit();
   }
   if (p.role <= kKey) block.zero(p.out);
@@ -45,6 +44,7 @@ __global__ void __launch_bounds__(TILES == 2 ? 128 : 256, TILES == 2 ? 3
       cp_async_wait_for(kResidentMembers / kResidentKeys - 1 - key / kResidentKeys);
       __syncthreads();
     }
+    if (row >= rows) continue;  // a warp of the second block may have no query
     float s[TILES][kSteps][2][4];
 #pragma unroll
     for (int j = 0; j < kSteps; ++j) {

@@ -51,10 +51,7 @@ __global__ void __launch_bounds__(32 * walk_warps(D), 1)
   };
   const auto fetch_tile = [&](int query, int buffer) {
     T* to = tiles + buffer * 2 * kQueries * D;
-    if (query < rows) {
-      block.fetch(to, p.q, query, kQueries, block.asks());
-      block.fetch(to + kQueries * D, p.dout, query, kQueries, block.asks());
-    }
+    if (query < rows) block.fetch(to, p.q, query, kQueries, block.asks(), to + kQueries * D, &p.dout);
     cp_async_commit();
   };
   // dq of the tile of queries from `query` on, whose ds are there
@@ -85,8 +82,7 @@ __global__ void __launch_bounds__(32 * walk_warps(D), 1)
     }
   };
 
-  block.fetch(keys, p.k, 0, rows, 0);
-  block.fetch(values, p.v, 0, rows, 0);
+  block.fetch(keys, p.k, 0, rows, 0, values, &p.v);
   fetch_tile(0, 0);
   fetch_tile(kQueries, 1);
   if (p.role == kNoMember) block.zero(p.dq), block.zero(p.dk), block.zero(p.dv);

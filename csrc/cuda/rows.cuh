@@ -155,14 +155,15 @@ struct Sequence {
   DEVICE int asks() const { return p.role == kKey; }
 
   // Starts the copy of `count` members from `first` on by the whole block, zeros where they do not exist or come
-  // before `begin`.
-  DEVICE void fetch(T* to, const Tensor& x, int first, int count, int begin) const {
-    const T* from = head(x);
+  // before `begin`; of y, if it is there, to `also`.
+  DEVICE void fetch(T* to, const Tensor& x, int first, int count, int begin, T* also = nullptr,
+                    const Tensor* y = nullptr) const {
     for (int i = threadIdx.x; i < count * (D / 8); i += blockDim.x) {
-      const int row = i / (D / 8), chunk = i % (D / 8), member = first + row;
-      const bool exists = member >= begin && member < p.members;
-      const int32_t token = member_row(p, start, exists ? member : p.members - 1);
-      cp_async16(chunk_of<D>(to, row, chunk), row_of(from, x, token) + 8 * chunk, exists ? 16 : 0);
+      const int row = i / (D / 8), chunk = i % (D / 8), member = first + row, place = chunk_place<D>(row, chunk);
+      const int bytes = member >= begin && member < p.members ? 16 : 0;
+      const int32_t token = member_row(p, start, bytes ? member : p.members - 1);
+      cp_async16(to + place, row_of(head(x), x, token) + 8 * chunk, bytes);
+      if (also) cp_async16(also + place, row_of(head(*y), *y, token) + 8 * chunk, bytes);
     }
   }
   // 16 members from `row` on as left operands, zeros as above.

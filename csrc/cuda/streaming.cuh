@@ -30,10 +30,7 @@ struct Stream {
 
   DEVICE T* at(int turn, int which) const { return rows + (2 * turn + which) * kStreamRows * D; }
   DEVICE void start(int turn, int member) const {
-    if (member < block.rows) {
-      block.fetch(at(turn, 0), first, member, kStreamRows, begin);
-      block.fetch(at(turn, 1), second, member, kStreamRows, begin);
-    }
+    if (member < block.rows) block.fetch(at(turn, 0), first, member, kStreamRows, begin, at(turn, 1), &second);
     cp_async_commit();
   }
   // step(turn, member) for every 64 members; ready(turn, member) by all threads before.

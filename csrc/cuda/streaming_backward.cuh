@@ -109,8 +109,7 @@ __global__ void __launch_bounds__(32 * stream_warps(D, true), 2)
   T *values = shared + 4 * kStreamRows * D, *keys = values + owned * D;
   float* numbers = reinterpret_cast<float*>(keys + (kHoldKeys ? 0 : owned * D));  // [2][kStreamRows][3]
   if (p.role == kNoMember) block.zero(p.dk), block.zero(p.dv);
-  block.fetch(values, p.v, owned * at.tile, owned, 0);  // lands with the first queries
-  if constexpr (!kHoldKeys) block.fetch(keys, p.k, owned * at.tile, owned, 0);
+  block.fetch(values, p.v, owned * at.tile, owned, 0, kHoldKeys ? nullptr : keys, &p.k);  // land with the first queries
   const T *own_values = values + tile * block.warp * D, *own_keys = keys + tile * block.warp * D;
   LeftRows<D> k[kTiles];
   if constexpr (kHoldKeys)
