@@ -25,7 +25,7 @@ def sequence(members, cls, groups=1):
 
 @bits16
 @modes
-@pytest.mark.parametrize("members", [17, 32, 49, 95, 96, 112, 113, 127, 128])
+@pytest.mark.parametrize("members", [17, 32, 49, 96, 113, 128])
 def test_a_block_with_16_queries_to_a_warp(simt, members, cls, dtype):
     case = sequence(members, cls)
     checked(simt, case, *make_qkv(1, case.tokens, 1, 64, dtype, seed=members), "resident")
@@ -33,7 +33,7 @@ def test_a_block_with_16_queries_to_a_warp(simt, members, cls, dtype):
 
 @bits16
 @modes
-@pytest.mark.parametrize("members", [129, 144, 160, 161, 192, 197, 208, 209, 225, 255, 256])
+@pytest.mark.parametrize("members", [129, 145, 160, 197, 225, 255, 256])
 def test_two_blocks_with_32_queries_to_a_warp(simt, members, cls, dtype):
     """Warps without a tile, with one of two, and keys that arrive in three parts and in four."""
     case = sequence(members, cls)
@@ -42,7 +42,7 @@ def test_two_blocks_with_32_queries_to_a_warp(simt, members, cls, dtype):
 
 @bits16
 @modes
-@pytest.mark.parametrize("members", [17, 33, 100, 128, 129, 150])
+@pytest.mark.parametrize("members", [17, 100, 128, 129])
 def test_wide_heads(simt, members, cls, dtype):
     case = sequence(members, cls)
     expected = tensor_cores(case, head_dim=128)
@@ -52,7 +52,7 @@ def test_wide_heads(simt, members, cls, dtype):
 
 @bits16
 @pytest.mark.parametrize("cls", ["none", "key", "per_group", "global"])
-@pytest.mark.parametrize("members", [257, 288, 321, 385])
+@pytest.mark.parametrize("members", [257, 288, 321])
 def test_sequences_that_stream(simt, members, cls, dtype):
     """Blocks of rows that are full, that have one member, and warps without any."""
     case = sequence(members, cls)

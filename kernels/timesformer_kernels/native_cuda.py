@@ -89,7 +89,8 @@ def attention(q, k, v, out, view: View, scale: float, cls_weights, stats=None, g
     fills the last three.
 
     q, k, v, out and the gradients are CUDA tensors [B, S, H, D] of one dtype with a unit last stride, cls_weights
-    contiguous; stats [B * H * G * M * 2] float32. The backward reads out for mode "global" alone.
+    contiguous; stats float32, as many numbers as backends.cuda.stats_size() says. The backward reads out where it
+    reads stats.
     """
     lib = _loaded()
     device, stream = where(q)
