@@ -23,8 +23,7 @@ __global__ void __launch_bounds__(kRowThreads, 1)
   const int rows = (p.members + 15) / 16 * 16;
   T *keys = shared, *values = keys + rows * D;
   const Sequence<T, D> block(p, blocks, values + rows * D);
-  const Place& at = block.at;
-  const int g = block.lane >> 2, t = block.lane & 3;
+  const int t = block.lane & 3;
   block.fetch(keys, p.k, 0, rows, 0);
   block.fetch(values, p.v, 0, rows, 0);
   cp_async_commit();
@@ -53,19 +52,7 @@ __global__ void __launch_bounds__(kRowThreads, 1)
       for (int i = 0; i < kSteps; ++i)
         if (key + 16 * i < rows) mix_rows<T, D>(acc, s[i], values, key + 16 * i);
     }
-    float factor[2];
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const float total = quad_sum(sums.total[half]);
-      const int member = row + g + 8 * half;
-      factor[half] = reciprocal(total);
-      if (p.stats && t == 0 && member >= block.asks() && member < p.members) {
-        float* to = p.stats + 2 * row_index(p, at.batch, at.head, at.group, member);
-        to[0] = sums.top[half] * kLn2, to[1] = total;
-      }
-    }
-    float* part = p.role == kPerGroup ? p.parts + part_index(p, at.batch, at.head, at.group) * D : nullptr;
-    block.store(p.out, row, acc, factor, block.asks(), part);
+    finish_forward(block, row, sums, acc);
   }
 }
 

@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(kRowThreads, 1)
   SHARED_DYN(T, shared);
   const Sequence<T, D> block(p, blocks, shared + 4 * kStreamRows * D);
   const Place& at = block.at;
-  const int g = block.lane >> 2, t = block.lane & 3, row = 16 * (at.tile * block.warps + block.warp);
+  const int row = 16 * (at.tile * block.warps + block.warp);
   if (p.role <= kKey) block.zero(p.out);
   LeftRows<D> q;
   block.load(q, p.q, row, block.asks());
@@ -87,23 +87,7 @@ __global__ void __launch_bounds__(kRowThreads, 1)
              for (int i = 0; i < kSteps; ++i) mix_rows<T, D>(acc, s[i], keys.at(turn, 1), 16 * i);
            });
   if (row >= block.rows) return;
-
-  const int64_t part = part_index(p, at.batch, at.head, at.group);
-  float factor[2];
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const float total = quad_sum(sums.total[half]), top = sums.top[half] * kLn2;
-    const int member = row + g + 8 * half;
-    const bool global = p.role == kGlobal && member == 0;  // its parts are divided when all groups are known
-    factor[half] = global ? 1.0f : reciprocal(total);
-    if (t != 0 || member < block.asks() || member >= p.members) continue;
-    if (global) p.sums[2 * part] = top, p.sums[2 * part + 1] = total;
-    if (p.stats && !global) {
-      float* to = p.stats + 2 * row_index(p, at.batch, at.head, at.group, member);
-      to[0] = top, to[1] = total;
-    }
-  }
-  block.store(p.out, row, acc, factor, block.asks(), p.role >= kPerGroup ? p.parts + part * D : nullptr);
+  finish_forward(block, row, sums, acc);
 }
 
 // dq, and in p.delta, [B, H, G, M, 3], the largest score in units of log2, the factor that makes an exponential a
