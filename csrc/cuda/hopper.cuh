@@ -21,12 +21,12 @@ constexpr int kHopperStages = 4;
 constexpr int kHopperWarps = 8, kHopperThreads = 32 * kHopperWarps;
 
 // The instructions exist on sm_90a alone. A kernel compiled for another architecture is empty, and shows it by the
-// number of threads that it takes: see hopper_compiled().
+// threads that its block may have: see hopper_compiled().
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #define TSK_HOPPER 1
-#define TSK_HOPPER_BOUNDS(D) __launch_bounds__(kHopperThreads, (D) <= 64 ? 2 : 1)
+constexpr int kHopperMost = kHopperThreads;
 #else
-#define TSK_HOPPER_BOUNDS(D) __launch_bounds__(32)
+constexpr int kHopperMost = 32;
 #endif
 
 struct HopperGrid {
@@ -160,7 +160,7 @@ DEVICE void attend(const Stages<T, D>& at, int stage, const LeftRows<D>& q, floa
 }
 
 template <class T, int D>
-__global__ void TSK_HOPPER_BOUNDS(D)
+__global__ void __launch_bounds__(kHopperMost, D <= 64 ? 2 : 1)
     hopper_forward_kernel(const __grid_constant__ Problem p, const __grid_constant__ HopperGrid grid) {
 #ifdef TSK_HOPPER
   SHARED_DYN(T, shared);
@@ -175,13 +175,14 @@ __global__ void TSK_HOPPER_BOUNDS(D)
     for (int i = 0; i < grid.stages; ++i) fetch_stage(at, i, kHopperKeys * i, grid, place);
   }
   if (p.role <= kKey) block.zero(p.out);
+  LeftRows<D> q;
+  block.load(q, p.q, kHopperQueries * first + 16 * (block.warp & 3), block.asks());
   __syncthreads();
 
   const float scale = p.scale * kLog2e;
   for (int tile = first; tile < tiles; tile += 2 * int(grid.blocks.tiles.size)) {
     const int row = kHopperQueries * tile + 16 * (block.warp & 3);
-    LeftRows<D> q;
-    block.load(q, p.q, row, block.asks());
+    if (tile != first) block.load(q, p.q, row, block.asks());
     RowSums sums;
     float acc[D / 8][4] = {};
     if (p.role != kNoMember)  // the one softmax of a global class row has the class key once
