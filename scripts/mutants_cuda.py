@@ -110,7 +110,7 @@ MUTANTS = [
     ),
     Mutant(
         "CUDA: parts of a global class row divided too early",
-        STREAMING,
+        ROWS,
         "factor[half] = global ? 1.0f : reciprocal(total);",
         "factor[half] = reciprocal(total);",
         LONG,

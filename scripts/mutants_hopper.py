@@ -8,7 +8,7 @@ TESTS = (
     "-k",
     "lengths or schemes_of or keys_of_weight or order_of or other_gpus or scales",
 )
-HOPPER, PTX, ROWS = (f"csrc/cuda/{name}.cuh" for name in ("hopper", "ptx", "rows"))
+HOPPER, PTX = "csrc/cuda/hopper.cuh", "csrc/cuda/ptx.cuh"
 
 
 def mutant(name, before, after, source=HOPPER):
@@ -65,8 +65,8 @@ MUTANTS = [
         "(-shared_address(shared) & 127) / sizeof(T)",
     ),
     # Where operands are
-    mutant("eight rows 512 bytes from the next", "uint64_t(1024 >> 4) << 32", "uint64_t(512 >> 4) << 32", PTX),
-    mutant("operands not swizzled", " | uint64_t(1) << 62", "", PTX),
+    mutant("eight rows 512 bytes from the next", "1 << 30 | 1024 >> 4", "1 << 30 | 512 >> 4", PTX),
+    mutant("operands not swizzled", "uint64_t(1 << 30 | 1024 >> 4)", "uint64_t(1024 >> 4)", PTX),
     mutant(
         "columns of the keys taken twice",
         "panel_operand(at.keys(stage, k / 4), 0, 16 * (k & 3))",
@@ -126,12 +126,6 @@ MUTANTS = [
         "rows of queries that do not exist are stored",
         "if (row < p.members) finish_forward",
         "if (row < p.members + 64) finish_forward",
-    ),
-    mutant(
-        "a global class row divided too early",
-        "factor[half] = global ? 1.0f : reciprocal(total);",
-        "factor[half] = reciprocal(total);",
-        ROWS,
     ),
     # Which calls
     mutant("negative scales", "|| !(p.scale > 0)) return false;", "|| p.scale == 0) return false;"),

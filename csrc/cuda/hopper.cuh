@@ -142,10 +142,12 @@ DEVICE void attend(const Stages<T, D>& at, int stage, const LeftRows<D>& q, floa
       if (16 * (STEPS - 1) + 8 * (i >> 2) + 2 * t + (i & 1) >= exist) s[STEPS - 1][i >> 2][i & 3] = -INFINITY;
   }
   add_scaled(sums, s, scale, shrink);
+  // A warp whose largest scores stay, as most do after the first keys, has nothing to correct.
+  if (__any_sync(~0u, !(shrink[0] == 1.0f && shrink[1] == 1.0f)))
 #pragma unroll
-  for (int c = 0; c < D / 8; ++c)
+    for (int c = 0; c < D / 8; ++c)
 #pragma unroll
-    for (int i = 0; i < 4; ++i) acc[c][i] *= shrink[i >> 1];
+      for (int i = 0; i < 4; ++i) acc[c][i] *= shrink[i >> 1];
   uint32_t w[STEPS][4];
 #pragma unroll
   for (int i = 0; i < STEPS; ++i) pack_weights<T>(w[i], s[i]);
@@ -167,7 +169,8 @@ __global__ void __launch_bounds__(kHopperMost, D <= 64 ? 2 : 1)
   const Stages<T, D> at(shared, grid.stages);
   const Sequence<T, D> block(p, grid.blocks, at.owns);
   const Place& place = block.at;
-  const int tiles = (p.members + kHopperQueries - 1) / kHopperQueries, first = 2 * place.tile + (block.warp >> 2);
+  const int warp = __shfl_sync(~0u, block.warp, 0);  // one for all lanes, as the compiler cannot know otherwise
+  const int tiles = (p.members + kHopperQueries - 1) / kHopperQueries, first = 2 * place.tile + (warp >> 2);
   if (threadIdx.x == 0) {
     const int readers = 2 * place.tile + 1 < tiles ? kHopperWarps : kHopperWarps / 2;
     for (int i = 0; i < grid.stages; ++i) barrier_init(at.full + i, 1), barrier_init(at.empty + i, readers);
@@ -176,12 +179,12 @@ __global__ void __launch_bounds__(kHopperMost, D <= 64 ? 2 : 1)
   }
   if (p.role <= kKey) block.zero(p.out);
   LeftRows<D> q;
-  block.load(q, p.q, kHopperQueries * first + 16 * (block.warp & 3), block.asks());
+  block.load(q, p.q, kHopperQueries * first + 16 * (warp & 3), block.asks());
   __syncthreads();
 
   const float scale = p.scale * kLog2e;
   for (int tile = first; tile < tiles; tile += 2 * int(grid.blocks.tiles.size)) {
-    const int row = kHopperQueries * tile + 16 * (block.warp & 3);
+    const int row = kHopperQueries * tile + 16 * (warp & 3);
     if (tile != first) block.load(q, p.q, row, block.asks());
     RowSums sums;
     float acc[D / 8][4] = {};

@@ -280,11 +280,11 @@ DEVICE void copy_box(void* to, const CUtensorMap& map, uint64_t* barrier, const 
 #endif
 }
 
-// 16 columns of a panel from `column` on, or 16 of its rows from a multiple of 8 on, as a product's right operand.
-// Eight rows are 1024 bytes from the next eight; the other offset is for operands wider than a panel.
+// 16 columns of a panel from `column` on, or 16 of its rows from `row` on, multiples of 8, as a product's right
+// operand. Eight rows are 1024 bytes from the next eight; the other offset is for operands wider than a panel.
 DEVICE uint64_t panel_operand(const void* panel, int row, int column) {
-  const uint32_t address = shared_address(panel) + 128 * row + 2 * column;
-  return uint64_t(address >> 4 & 0x3FFF) | uint64_t(1) << 16 | uint64_t(1024 >> 4) << 32 | uint64_t(1) << 62;
+  const uint32_t first = shared_address(panel) >> 4 & 0x3FFF, low = (first | 1 << 16) + (128 * row + 2 * column) / 16;
+  return uint64_t(1 << 30 | 1024 >> 4) << 32 | low;
 }
 
 // Registers that ordinary instructions have written may be used by the products that follow.
