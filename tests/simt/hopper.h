@@ -208,6 +208,7 @@ SIMT_HOT void multiply(const Product& p, float (*d)[32]) {
   const auto field = [&](int bit) { return uint32_t(p.b >> bit & 0x3FFF) << 4; };
   const uint32_t start = field(0), leading = field(16), stride = field(32);
   need(p.b >> 62 == 1 && !(p.b >> 49 & 7), "only descriptors of 128-byte swizzle without a base offset are known");
+  need(!(start & 0x380), "wgmma of rows that begin within eight, without a base offset");
   double A[16][16], B[16][N];
   for (int n = 0; n < N; n++)
     for (int k = 0; k < 16; k++) {

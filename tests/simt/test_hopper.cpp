@@ -231,6 +231,7 @@ void faults() {
     CHECK(run(no_barrier, 1, 32, 8, o.p)), fails("a barrier that was not initialized");
     CHECK(run(shape_of_others, 1, 128, 64 * 128 + 1024, f.p)), fails("another shape is under way");
     CHECK(run(no_swizzle, 1, 128, 4096, f.p)), fails("only descriptors of 128-byte swizzle");
+    CHECK((product_error<bfloat16, 16, true>(4) < 0)), fails("rows that begin within eight");
     CHECK(run_box<kNoFence>(x, out, first)), fails("no fence.proxy.async has made visible");
     CHECK(run_box<kNoBytes>(x, out, first)), fails("32 wait at mbarrier.try_wait (first: 0)");
     CHECK(run_box<kSkewed>(x, out, first)), fails("no multiple of 128");
