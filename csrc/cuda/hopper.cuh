@@ -78,7 +78,6 @@ template <class T, int D>
 DEVICE void start_with(const T* key, const T* value, const LeftRows<D>& q, float scale, bool skip, RowSums& sums,
                        float (&acc)[D / 8][4]) {
   const int t = threadIdx.x & 3;
-  const bool skips = skip && (threadIdx.x & 31) < 4;  // lanes that hold row 0
   float score[2] = {}, e[2];
 #pragma unroll
   for (int c = 0; c < D / 8; ++c) {
@@ -91,16 +90,15 @@ DEVICE void start_with(const T* key, const T* value, const LeftRows<D>& q, float
   }
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const bool counts = half || !skips;
-    const float top = quad_sum(score[half]) * scale;
-    e[half] = counts ? ex2(top - (top == -INFINITY ? 0.0f : top)) : 0.0f;
-    sums.top[half] = counts ? top : -INFINITY, sums.total[half] = t == 0 ? e[half] : 0.0f;
+    float top = quad_sum(score[half]) * scale;
+    if (skip && half == 0 && (threadIdx.x & 31) < 4) top = -INFINITY;  // lanes that hold row 0
+    e[half] = ex2(top - (top == -INFINITY ? 0.0f : top));
+    sums.top[half] = top, sums.total[half] = t == 0 ? e[half] : 0.0f;
   }
 #pragma unroll
   for (int c = 0; c < D / 8; ++c) {
     const float2 v = unpack<T>(reinterpret_cast<const uint32_t*>(value)[4 * c + t]);
-    acc[c][0] = skips ? 0.0f : e[0] * v.x, acc[c][1] = skips ? 0.0f : e[0] * v.y;
-    acc[c][2] = e[1] * v.x, acc[c][3] = e[1] * v.y;
+    acc[c][0] = e[0] * v.x, acc[c][1] = e[0] * v.y, acc[c][2] = e[1] * v.x, acc[c][3] = e[1] * v.y;
   }
 }
 
