@@ -5,7 +5,7 @@
 #include <stdint.h>
 
 #define TSK_API extern "C" __attribute__((visibility("default")))
-#define TSK_ABI_VERSION 2
+#define TSK_ABI_VERSION 3
 #define TSK_MAX_AXES 3
 
 enum TskDtype : int32_t { TSK_F32 = 0, TSK_BF16 = 1, TSK_F16 = 2, TSK_F64 = 3 };
@@ -68,7 +68,7 @@ TSK_API int32_t tsk_force_isa(const char* name);  // for tests and benchmarks
 // is allocated and nothing waits: work is queued on `stream` (a cudaStream_t) of `device`, which need not be the
 // current one and is not left current. Returned: a TskStatus, or the cudaError_t of what failed.
 TSK_API const char* tsk_cuda_why_not(int32_t device);  // why kernels cannot run on it; null: they can
-TSK_API const char* tsk_cuda_regime(const TskAttention* a, int32_t backward);  // name of the kernels; null: a bad call
-TSK_API int64_t tsk_cuda_workspace(const TskAttention* a, int32_t backward);   // bytes; negative: a TskStatus
+TSK_API const char* tsk_cuda_regime(const TskAttention* a, int32_t backward, int32_t device);  // kernels; null: failed
+TSK_API int64_t tsk_cuda_workspace(const TskAttention* a, int32_t backward);  // bytes; negative: a TskStatus
 TSK_API int32_t tsk_cuda_fwd(const TskAttention* a, int32_t device, void* stream);
 TSK_API int32_t tsk_cuda_bwd(const TskAttention* a, int32_t device, void* stream);

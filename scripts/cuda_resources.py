@@ -32,6 +32,10 @@ STATIC_SHARED = 48 << 10  # bytes of a block, anywhere; what is asked for at run
 # Warp instructions per row and head that leave the memory, not the issue slots, in charge (time attention, D = 64).
 BUDGET = {"short_forward": 110, "short_backward": 193}
 TENSORS = {"short_forward": (3, 1), "short_backward": (4, 3)}  # read and written
+# What a kernel of compute capability 9.0 lives on, and the blocks that must fit a multiprocessor's 65536 registers.
+HOPPER = {"hopper_forward": ("HGMMA", "UTMALDG")}
+HOPPER_THREADS, HOPPER_BLOCKS = 256, {64: 2, 128: 1}
+SERIALIZED = re.compile(r"\(C75\d\d\).*'(\S+)'")  # the assembler's note on a kernel whose wgmma wait for one another
 TYPES = {"f": "float32", "d": "float64", "i": "int", "__nv_bfloat16": "bfloat16", "__half": "float16"}
 
 
@@ -74,7 +78,7 @@ def plain_name(symbol: str) -> tuple[str, tuple]:
 
 def read_assembler(text: str) -> dict[str, dict]:
     """{symbol: registers, bytes of spills and stack, of static shared memory} from what `-Xptxas -v` prints."""
-    found = {}
+    found, serialized = {}, set(SERIALIZED.findall(text))
     for part in re.split(r"(?=ptxas info\s+: Compiling entry function)", text):
         if not (head := re.match(r"ptxas info\s+: Compiling entry function '(\S+)'", part)):
             continue
@@ -84,6 +88,7 @@ def read_assembler(text: str) -> dict[str, dict]:
             "registers": int(re.search(r"Used (\d+) registers", part)[1]),
             "spill": sum(map(int, spills.groups())),
             "shared": int(shared[1]) if shared else 0,
+            "serialized": head[1] in serialized,
         }
     return found
 
@@ -102,6 +107,7 @@ def read_listing(text: str) -> dict[str, dict]:
             "memory": dict(Counter(short_name(name) for name in code if re.match(r"(LDG|STG|LDGSTS)\b", name))),
             "matrix": sum(names[name] for name in ("HMMA", "HGMMA", "UTCHMMA")),
             "transposes": names["MOVM"],
+            "hopper": {name: names[name] for name in ("HGMMA", "UTMALDG", "MUFU", "FFMA", "FMNMX", "FADD", "FMUL")},
         }
     return found
 
@@ -124,6 +130,13 @@ def judge(report: dict) -> list[str]:
         found.append(f"spills ({report['spill'] + report.get('local', 0)})")
     if report["shared"] > STATIC_SHARED:
         found.append(f"{report['shared']} bytes of shared memory, the limit is {STATIC_SHARED}")
+    if report.get("serialized"):
+        found.append("wgmma instructions wait for one another")
+    if name in HOPPER and report["arch"] == "90a":
+        blocks = HOPPER_BLOCKS[report["arguments"][1]]
+        if report["registers"] * HOPPER_THREADS * blocks > 65536:
+            found.append(f"{report['registers']} registers, too many for {blocks} blocks")
+        found += [f"no {part}" for part in HOPPER[name] if "hopper" in report and not report["hopper"][part]]
     if name not in TENSORS:
         return found
     if report["shared"]:
@@ -176,6 +189,8 @@ def line(report: dict) -> str:
             f"instr {report['instructions']:>5} per row {report.get('per_row', '-'):>6} mma {report['matrix']:>3}"
         )
         words.append(" ".join(f"{name}:{count}" for name, count in sorted(report["memory"].items())))
+        if report["kernel"] in HOPPER:
+            words.append(" ".join(f"{name}:{count}" for name, count in report["hopper"].items()))
     return " ".join([*words, "; ".join(report["problems"])]).rstrip()
 
 

@@ -88,8 +88,8 @@ MUTANTS = [
     Mutant(
         "CUDA: both blocks of a sequence have the same queries",
         RESIDENT,
-        "16 * TILES * (at.tile * block.warps + block.warp)",
-        "16 * TILES * (0 * at.tile * block.warps + block.warp)",
+        "16 * TILES * (block.at.tile * block.warps + block.warp)",
+        "16 * TILES * (0 * block.at.tile * block.warps + block.warp)",
         TILES,
     ),
     Mutant(
@@ -236,7 +236,7 @@ MUTANTS = [
     ),
     Mutant(
         "CUDA: parts of a global class row divided too early",
-        STREAMING,
+        ROWS,
         "global ? kept.y * reciprocal(total) : reciprocal(total)",
         "reciprocal(total)",
         LONG,

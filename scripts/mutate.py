@@ -21,6 +21,7 @@ from pathlib import Path
 from mutants import MUTANTS
 from mutants_choice import MUTANTS as CHOICE
 from mutants_cuda import MUTANTS as CUDA
+from mutants_hopper import MUTANTS as HOPPER
 from mutants_triton import MUTANTS as TRITON
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -117,7 +118,8 @@ def main():
     parser.add_argument("--list", action="store_true", help="print the mutants and check their patterns, run nothing")
     parser.add_argument("--isa", default="baseline", choices=FLAGS, help="instruction set to compile for")
     options = parser.parse_args()
-    mutants = [m for m in (*MUTANTS, *CHOICE, *TRITON, *CUDA) if options.only in m.name or options.only in m.file]
+    chosen = (*MUTANTS, *CHOICE, *TRITON, *CUDA, *HOPPER)
+    mutants = [m for m in chosen if options.only in m.name or options.only in m.file]
     stale = check_patterns(mutants)
     if options.list:
         print("\n".join(f"{m.file:45} {m.name}" for m in mutants))

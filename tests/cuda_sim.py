@@ -49,10 +49,12 @@ def library():
 
 @pytest.fixture
 def simt(library, request):
-    """The library, in use; every test has an order of threads of its own."""
+    """The library, in use on a GPU of compute capability 8.0; every test has an order of threads of its own."""
     library.c.simt_seed(zlib.crc32(request.node.name.encode()) | 1)
+    library.c.simt_capability(80)
     with simulated(library):
         yield library
+    library.c.simt_capability(90)
 
 
 def run(case):

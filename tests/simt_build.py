@@ -23,7 +23,7 @@ FLAGS = ["-x", "c++", "-std=c++20", "-shared", "-fPIC", "-g1", "-I", str(ROOT / 
 # -mfma: a GPU fuses fmaf, and a call of the C library's is slow.
 FAST = ["-O1", "-mfma"]
 SANITIZED = ["-O1", "-mfma", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
-WARNINGS = ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
+WARNINGS = ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-psabi"]
 
 
 def compiler() -> list[str] | None:

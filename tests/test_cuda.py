@@ -407,6 +407,8 @@ SANITIZED = [  # case, head_dim
     (Case("local", (2, 4, 3), "per_group"), 129),
     (Case("global", (2, 4, 6), "exclude", "time_major"), 32),
     (Case("joint", (0, 2, 3), "exclude"), 8),
+    (Case("space", (5, 13, 2), "per_group"), 64),
+    (Case("time", (1, 1, 300), "key"), 128),
 ]
 
 

@@ -14,6 +14,7 @@ SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 SHORT = "_ZN3tsk20short_forward_kernelI13__nv_bfloat16Li64ELi8EEEvNS_7ProblemENS_9ShortGridE"
 ROWS = "_ZN3tsk12forward_rowsIfLi4EEEvNS_7ProblemENS_6BlocksE"
 ASSEMBLER = f"""
+ptxas info    : (C7510) Potential Performance Loss: wgmma.mma_async instructions are serialized in function '{SHORT}'
 ptxas info    : 0 bytes gmem
 ptxas info    : Compiling entry function '{SHORT}' for 'sm_90a'
 ptxas info    : Function properties for {SHORT}
@@ -41,6 +42,8 @@ LISTING = f"""
         /*0070*/                   NOP;
 \t.section\t.text.{ROWS},"ax",@progbits
         /*0000*/                   STL [R1], R2 ;
+        /*0020*/                   HGMMA.64x64x16.F32.BF16 R24, R8, gdesc[UR4], R24 ;
+        /*0030*/                   HGMMA.64x64x16.F32.BF16 R24, R8, gdesc[UR8].tnspB, R24, gsb0 ;
         /*0010*/                   STG.E.128 desc[UR4][R2.64], R4 ;
 \t.section\t.nv.constant0.{ROWS},"a",@progbits
         /*0000*/                   LDL R1, [R2] ;
@@ -72,8 +75,8 @@ def test_names_are_read(gate):
 
 def test_the_account_of_the_assembler_is_read(gate):
     assert gate.read_assembler(ASSEMBLER) == {
-        SHORT: {"registers": 72, "spill": 0, "shared": 0},
-        ROWS: {"registers": 40, "spill": 28, "shared": 2560},
+        SHORT: {"registers": 72, "spill": 0, "shared": 0, "serialized": True},
+        ROWS: {"registers": 40, "spill": 28, "shared": 2560, "serialized": False},
     }
 
 
@@ -81,8 +84,9 @@ def test_a_listing_is_read(gate):
     found = gate.read_listing(LISTING)
     memory = {"LDG.128": 1, "LDG.U16": 1, "STG": 1}
     # Without the padding; an LDL of another section is data.
+    assert found[SHORT].pop("hopper")["FFMA"] == 0 and found[ROWS].pop("hopper")["HGMMA"] == 2
     assert found[SHORT] == {"instructions": 7, "local": 0, "memory": memory, "matrix": 1, "transposes": 1}
-    assert found[ROWS] == {"instructions": 2, "local": 1, "memory": {"STG.128": 1}, "matrix": 0, "transposes": 0}
+    assert found[ROWS] == {"instructions": 4, "local": 1, "memory": {"STG.128": 1}, "matrix": 2, "transposes": 0}
 
 
 @pytest.mark.parametrize("members, rows", [(8, 16), (16, 16), (5, 15), (0, 9)])
@@ -114,6 +118,34 @@ def test_what_is_wrong_with_a_kernel_is_reported(gate, change, problem):
     assert gate.judge(GOOD | change) == ([problem] if problem else [])
 
 
+HOPPER = {
+    "arch": "90a",
+    "kernel": "hopper_forward",
+    "arguments": ["bfloat16", 64],
+    "spill": 0,
+    "shared": 0,
+    "registers": 128,
+    "serialized": False,
+    "hopper": {"HGMMA": 34, "UTMALDG": 16},
+}
+
+
+@pytest.mark.parametrize(
+    "change, problem",
+    [
+        ({}, None),
+        ({"registers": 129}, "129 registers, too many for 2 blocks"),
+        ({"registers": 255, "arguments": ["bfloat16", 128]}, None),
+        ({"serialized": True}, "wgmma instructions wait for one another"),
+        ({"hopper": {"HGMMA": 0, "UTMALDG": 16}}, "no HGMMA"),
+        ({"hopper": {"HGMMA": 34, "UTMALDG": 0}}, "no UTMALDG"),
+        ({"arch": "100", "hopper": {"HGMMA": 0, "UTMALDG": 0}}, None),  # empty there
+    ],
+)
+def test_what_is_wrong_with_the_kernel_of_hopper_is_reported(gate, change, problem):
+    assert gate.judge(HOPPER | change) == ([problem] if problem else [])
+
+
 def test_a_budget_is_for_a_head_dim_of_64(gate):
     wide = GOOD | {"arguments": ["bfloat16", 128, 8], "memory": {"LDG.128": 24, "STG.128": 8}}
     assert gate.judge(wide | {"per_row": 500.0}) == []
@@ -140,4 +172,5 @@ def test_every_kernel_compiles_and_passes(gate, tmp_path):
     reports = json.loads(out.read_text())["reports"]
     short = {(r["kernel"], *r["arguments"]) for r in reports if r["kernel"] in gate.BUDGET}
     assert len(short) == 2 * 2 * 3 * 3  # direction, dtype, head_dim, members
+    assert sum(r["kernel"] == "hopper_forward" and r["hopper"]["HGMMA"] > 0 for r in reports) == 2 * 2
     assert all(16 < report["registers"] <= 255 for report in reports if report["kernel"] in gate.BUDGET)

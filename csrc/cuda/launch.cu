@@ -3,6 +3,7 @@
 #include "../abi.h"
 #include "class_row.cuh"
 #include "generic.cuh"
+#include "hopper.cuh"
 #include "problem.cuh"
 #include "resident_backward.cuh"
 #include "short.cuh"
@@ -85,14 +86,20 @@ bool no_sequence(const Problem& p) { return p.groups == 0 || p.members == 0; }
 
 // --- regimes --------------------------------------------------------------------------------------------------------
 
-enum Regime { kGeneric, kShort, kResident, kStreaming };
+enum Regime { kGeneric, kShort, kResident, kStreaming, kHopper };
 
+// Of any device. What a workspace holds depends on nothing else.
 Regime regime_of(const Problem& p) {
   return short_serves(p) ? kShort : resident_serves(p) ? kResident : streaming_serves(p) ? kStreaming : kGeneric;
 }
 
+// On the current device, of that number; its plan where it is Hopper's.
+Regime regime_on(int32_t device, const Problem& p, HopperGrid* grid) {
+  return plan_hopper(p, device, grid) ? kHopper : regime_of(p);
+}
+
 const char* regime_name(Regime regime) {
-  constexpr const char* kNames[] = {"generic", "short", "resident", "streaming"};
+  constexpr const char* kNames[] = {"generic", "short", "resident", "streaming", "hopper"};
   return kNames[regime];
 }
 
@@ -125,12 +132,14 @@ int64_t place_workspace(Problem* p, bool backward, char* at) {
 }
 
 template <class T>
-int32_t forward(const Problem& p, cudaStream_t stream) {
+int32_t forward(const Problem& p, int32_t device, cudaStream_t stream) {
   if (no_sequence(p)) return class_zero<T>(p, false, stream);
-  const Regime regime = regime_of(p);
+  HopperGrid grid;
+  const Regime regime = regime_on(device, p, &grid);
   int32_t status = TSK_OK;
   if (regime == kGeneric) status = generic_forward<T>(p, stream);
   if constexpr (sizeof(T) == 2) {
+    if (regime == kHopper) status = hopper_forward<T>(p, grid, stream);
     if (regime == kShort) status = short_forward<T>(p, stream);
     if (regime == kResident) status = resident_forward<T>(p, stream);
     if (regime == kStreaming) status = streaming_forward<T>(p, stream);
@@ -203,11 +212,11 @@ int32_t run(const TskAttention* a, bool back, int32_t device, void* stream_point
   const auto stream = static_cast<cudaStream_t>(stream_pointer);
   switch (p.dtype) {
     case TSK_F32:
-      return back ? backward<float>(p, stream) : forward<float>(p, stream);
+      return back ? backward<float>(p, stream) : forward<float>(p, device, stream);
     case TSK_BF16:
-      return back ? backward<bfloat16>(p, stream) : forward<bfloat16>(p, stream);
+      return back ? backward<bfloat16>(p, stream) : forward<bfloat16>(p, device, stream);
     default:
-      return back ? backward<float16>(p, stream) : forward<float16>(p, stream);
+      return back ? backward<float16>(p, stream) : forward<float16>(p, device, stream);
   }
 }
 
@@ -233,10 +242,13 @@ TSK_API const char* tsk_cuda_why_not(int32_t device) {
   return tsk::last_error;
 }
 
-TSK_API const char* tsk_cuda_regime(const TskAttention* a, int32_t backward) {
+TSK_API const char* tsk_cuda_regime(const TskAttention* a, int32_t backward, int32_t device) {
   tsk::Problem p;
   if (tsk::prepare(*a, backward, &p)) return nullptr;
-  return tsk::regime_name(tsk::regime_of(p));
+  const tsk::OnDevice guard(device);
+  if (guard.status) return nullptr;
+  tsk::HopperGrid grid;
+  return tsk::regime_name(tsk::regime_on(device, p, &grid));
 }
 
 TSK_API int64_t tsk_cuda_workspace(const TskAttention* a, int32_t backward) {

@@ -11,6 +11,7 @@
 #pragma once
 #include <stdint.h>
 #ifdef __CUDACC__
+#include <cuda.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -211,6 +212,156 @@ DEVICE float times(float a, float b) {
   return __fmul_rn(a, b);
 #else
   return a * b;
+#endif
+}
+
+// --- compute capability 9.0 ------------------------------------------------------------------------------------------
+//
+// Barriers in shared memory that count bytes as well, copies by the tensor memory accelerator, products of four warps.
+// Both see shared memory as panels: rows of 128 bytes at a multiple of 1024, chunk c of row r in place c ^ (r % 8).
+
+DEVICE uint32_t shared_address(const void* p) {
+#ifdef __CUDACC__
+  return uint32_t(__cvta_generic_to_shared(p));
+#else
+  return simt::shared_address(p);
+#endif
+}
+
+// A barrier's phase ends when so many have arrived and all bytes it expects have come.
+DEVICE void barrier_init(uint64_t* barrier, int arrivals) {
+#ifdef __CUDACC__
+  asm volatile("mbarrier.init.shared::cta.b64 [%0],%1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
+#else
+  simt::barrier_init(barrier, arrivals);
+#endif
+}
+// What this thread has written to shared memory, barriers too, is seen by copies and products from now on.
+DEVICE void fence_async() {
+#ifdef __CUDACC__
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#else
+  simt::fence_async();
+#endif
+}
+DEVICE void barrier_arrive(uint64_t* barrier) {
+#ifdef __CUDACC__
+  asm volatile("mbarrier.arrive.shared::cta.b64 _,[%0];" ::"r"(shared_address(barrier)) : "memory");
+#else
+  simt::barrier_arrive(barrier, 0);
+#endif
+}
+// Arrives and has the phase wait for so many bytes more
+DEVICE void barrier_expect(uint64_t* barrier, int bytes) {
+#ifdef __CUDACC__
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _,[%0],%1;" ::"r"(shared_address(barrier)), "r"(bytes)
+               : "memory");
+#else
+  simt::barrier_arrive(barrier, bytes);
+#endif
+}
+// Until the phase of that parity has ended; the first has parity 0.
+DEVICE void barrier_wait(uint64_t* barrier, uint32_t parity) {
+#ifdef __CUDACC__
+  uint32_t ended;
+  do {
+    asm volatile("{.reg .pred ended; mbarrier.try_wait.parity.shared::cta.b64 ended,[%1],%2; selp.u32 %0,1,0,ended;}"
+                 : "=r"(ended)
+                 : "r"(shared_address(barrier)), "r"(parity)
+                 : "memory");
+  } while (!ended);
+#else
+  simt::barrier_wait(barrier, parity);
+#endif
+}
+
+// A box of a five-dimensional tensor to shared memory, zeros for what lies outside; its bytes come to the barrier.
+DEVICE void copy_box(void* to, const CUtensorMap& map, uint64_t* barrier, const int (&at)[5]) {
+#ifdef __CUDACC__
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes [%0],[%1,{%3,%4,%5,%6,%7}],[%2];" ::
+          "r"(shared_address(to)),
+      "l"(&map), "r"(shared_address(barrier)), "r"(at[0]), "r"(at[1]), "r"(at[2]), "r"(at[3]), "r"(at[4])
+      : "memory");
+#else
+  simt::copy_box(to, map, barrier, at);
+#endif
+}
+
+// 16 columns of a panel from `column` on, or 16 of its rows from `row` on, multiples of 8, as a product's right
+// operand. Eight rows are 1024 bytes from the next eight; the other offset is for operands wider than a panel.
+DEVICE uint64_t panel_operand(const void* panel, int row, int column) {
+  const uint32_t first = shared_address(panel) >> 4 & 0x3FFF, low = (first | 1 << 16) + (128 * row + 2 * column) / 16;
+  return uint64_t(1 << 30 | 1024 >> 4) << 32 | low;
+}
+
+// Registers that ordinary instructions have written may be used by the products that follow.
+DEVICE void wgmma_fence() {
+#ifdef __CUDACC__
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#else
+  simt::wgmma_fence();
+#endif
+}
+DEVICE void wgmma_commit() {
+#ifdef __CUDACC__
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+#else
+  simt::wgmma_commit();
+#endif
+}
+// Until at most LEFT committed groups of products are under way; before that their sums must not be touched.
+template <int LEFT>
+DEVICE void wgmma_wait() {
+#ifdef __CUDACC__
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LEFT) : "memory");
+#else
+  simt::wgmma_wait(LEFT);
+#endif
+}
+
+// d = A(64x16) B(16xN), or d += with `add`, by four warps, each of which holds its 16 rows of A as for mma() and of d
+// as N / 8 of its C. B is a panel_operand(): of N rows and 16 columns, whose transpose it is, or, ROWS, of 16 rows and
+// N columns. Starts the product: wgmma_commit() and wgmma_wait() end it.
+template <class T, int N, bool ROWS>
+DEVICE void wgmma(float (*d)[4], const uint32_t (&a)[4], uint64_t b, bool add) {
+  static_assert(N == 16 || N == 32 || N == 48 || N == 64, "a product has 16, 32, 48 or 64 columns");
+#ifdef __CUDACC__
+#define TSK_SUMS(i)                                                                                                    \
+  "+f"(d[i][0]), "+f"(d[i][1]), "+f"(d[i][2]), "+f"(d[i][3]), "+f"(d[i + 1][0]), "+f"(d[i + 1][1]), "+f"(d[i + 1][2]), \
+      "+f"(d[i + 1][3])
+#define TSK_WGMMA(n, type, sums, rest, add_at, ...)                                                                 \
+  asm volatile("{.reg .pred add; setp.ne.b32 add," add_at ",0; wgmma.mma_async.sync.aligned.m64n" n "k16.f32." type \
+               "." type " {" sums "}," rest ";}"                                                                    \
+               : __VA_ARGS__                                                                                        \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(add)), "n"(int(ROWS)))
+#define TSK_8 "%0,%1,%2,%3,%4,%5,%6,%7"
+#define TSK_16 TSK_8 ",%8,%9,%10,%11,%12,%13,%14,%15"
+#define TSK_24 TSK_16 ",%16,%17,%18,%19,%20,%21,%22,%23"
+#define TSK_32 TSK_24 ",%24,%25,%26,%27,%28,%29,%30,%31"
+#define TSK_WGMMAS(type)                                                                                              \
+  if constexpr (N == 16) TSK_WGMMA("16", type, TSK_8, "{%8,%9,%10,%11},%12,add,1,1,%14", "%13", TSK_SUMS(0));         \
+  if constexpr (N == 32)                                                                                              \
+    TSK_WGMMA("32", type, TSK_16, "{%16,%17,%18,%19},%20,add,1,1,%22", "%21", TSK_SUMS(0), TSK_SUMS(2));              \
+  if constexpr (N == 48)                                                                                              \
+    TSK_WGMMA("48", type, TSK_24, "{%24,%25,%26,%27},%28,add,1,1,%30", "%29", TSK_SUMS(0), TSK_SUMS(2), TSK_SUMS(4)); \
+  if constexpr (N == 64)                                                                                              \
+  TSK_WGMMA("64", type, TSK_32, "{%32,%33,%34,%35},%36,add,1,1,%38", "%37", TSK_SUMS(0), TSK_SUMS(2), TSK_SUMS(4),    \
+            TSK_SUMS(6))
+  if constexpr (kIsHalf<T>) {
+    TSK_WGMMAS("f16");
+  } else {
+    TSK_WGMMAS("bf16");
+  }
+#undef TSK_SUMS
+#undef TSK_WGMMA
+#undef TSK_WGMMAS
+#undef TSK_8
+#undef TSK_16
+#undef TSK_24
+#undef TSK_32
+#else
+  simt::wgmma<kIsHalf<T>, N, ROWS>(d, a, b, add);
 #endif
 }
 

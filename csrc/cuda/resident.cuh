@@ -22,9 +22,8 @@ __global__ void __launch_bounds__(TILES == 2 ? 128 : 256, TILES == 2 ? 3
   constexpr int kSteps = TILES == 2 ? 1 : 4;  // of 16 keys, between two corrections of the sums
   SHARED_DYN(T, shared);
   const Sequence<T, D> block(p, blocks);
-  const Place& at = block.at;
-  const int g = block.lane >> 2, t = block.lane & 3, rows = block.rows;
-  const int row = 16 * TILES * (at.tile * block.warps + block.warp);
+  const int t = block.lane & 3, rows = block.rows;
+  const int row = 16 * TILES * (block.at.tile * block.warps + block.warp);
   T *keys = shared, *values = keys + rows * D;
 #pragma unroll
   for (int first = 0; first < kResidentMembers; first += kResidentKeys) {
@@ -58,21 +57,7 @@ __global__ void __launch_bounds__(TILES == 2 ? 128 : 256, TILES == 2 ? 3
       if (key + 16 * j < rows) mix_rows<T, D>(acc, s, j, values, key + 16 * j);
   }
 #pragma unroll
-  for (int i = 0; i < TILES; ++i) {
-    float factor[2];
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const float total = quad_sum(sums[i].total[half]);
-      const int member = row + 16 * i + g + 8 * half;
-      factor[half] = reciprocal(total);
-      if (p.stats && t == 0 && member >= block.asks() && member < p.members) {
-        float* to = p.stats + 2 * row_index(p, at.batch, at.head, at.group, member);
-        to[0] = sums[i].top[half] * kLn2, to[1] = total;
-      }
-    }
-    float* part = p.role == kPerGroup ? p.parts + part_index(p, at.batch, at.head, at.group) * D : nullptr;
-    block.store(p.out, row + 16 * i, acc[i], factor, block.asks(), part);
-  }
+  for (int i = 0; i < TILES; ++i) finish_forward(block, row + 16 * i, sums[i], acc[i]);
 }
 
 // --- host ----------------------------------------------------------------------------------------------------------

@@ -275,16 +275,40 @@ DEVICE float2 natural_sums(float top, float total) {
   return make_float2(natural, total * ex2(top - log2_top(natural)));
 }
 
+// Of a warp's queries from `row` on: keeps their statistics and stores the weighted sums of values, the class row's as
+// a part of the whole.
+template <class T, int D>
+DEVICE void finish_forward(const Sequence<T, D>& block, int row, const RowSums& sums, const float (&acc)[D / 8][4]) {
+  const Problem& p = block.p;
+  const Place& at = block.at;
+  const int64_t part = part_index(p, at.batch, at.head, at.group);
+  float factor[2];
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const float total = quad_sum(sums.total[half]);
+    const int member = row + (block.lane >> 2) + 8 * half;
+    const float2 kept = natural_sums(sums.top[half], total);
+    const bool global = p.role == kGlobal && member == 0;  // its parts are divided when all groups are known
+    factor[half] = global ? kept.y * reciprocal(total) : reciprocal(total);
+    if ((block.lane & 3) != 0 || member < block.asks() || member >= p.members) continue;
+    if (global) p.sums[2 * part] = kept.x, p.sums[2 * part + 1] = kept.y;
+    if (p.stats && !global) {
+      float* to = p.stats + 2 * row_index(p, at.batch, at.head, at.group, member);
+      to[0] = kept.x, to[1] = kept.y;
+    }
+  }
+  block.store(p.out, row, acc, factor, block.asks(), p.role >= kPerGroup ? p.parts + part * D : nullptr);
+}
+
 // --- host -----------------------------------------------------------------------------------------------------------
 
 // More than 48 KiB of shared memory has to be asked for, once on each device.
 template <class Kernel>
-int32_t allow_shared(Kernel kernel, const char* name, std::atomic<uint64_t>& allowed) {
+int32_t allow_shared(Kernel kernel, const char* name, std::atomic<uint64_t>& allowed, int bytes = kRowShared) {
   int device = 0;
   cudaError_t error = cudaGetDevice(&device);
   if (error == cudaSuccess && device < 64 && allowed.load() >> device & 1) return TSK_OK;
-  if (error == cudaSuccess)
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kRowShared);
+  if (error == cudaSuccess) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (error != cudaSuccess)
     return fail(int32_t(error), "kernel %s: %s (CUDA error %d)", name, cudaGetErrorString(error), int(error));
   if (device < 64) allowed.fetch_or(uint64_t(1) << device);

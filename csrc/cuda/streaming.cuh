@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(32 * stream_warps(D, false), 2)
   SHARED_DYN(T, shared);
   const Sequence<T, D> block(p, blocks);
   const Place& at = block.at;
-  const int g = block.lane >> 2, t = block.lane & 3, row = 16 * kTiles * (at.tile * block.warps + block.warp);
+  const int row = 16 * kTiles * (at.tile * block.warps + block.warp);
   if (p.role <= kKey) block.zero(p.out);
   LeftRows<D> q[kTiles];
   RowSums sums[kTiles];
@@ -92,27 +92,8 @@ __global__ void __launch_bounds__(32 * stream_warps(D, false), 2)
              }
            });
   if (row >= block.rows) return;
-
-  const int64_t part = part_index(p, at.batch, at.head, at.group);
 #pragma unroll
-  for (int i = 0; i < kTiles; ++i) {
-    float factor[2];
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const float total = quad_sum(sums[i].total[half]);
-      const int member = row + 16 * i + g + 8 * half;
-      const float2 kept = natural_sums(sums[i].top[half], total);
-      const bool global = p.role == kGlobal && member == 0;  // its parts are divided when all groups are known
-      factor[half] = global ? kept.y * reciprocal(total) : reciprocal(total);
-      if (t != 0 || member < block.asks() || member >= p.members) continue;
-      if (global) p.sums[2 * part] = kept.x, p.sums[2 * part + 1] = kept.y;
-      if (p.stats && !global) {
-        float* to = p.stats + 2 * row_index(p, at.batch, at.head, at.group, member);
-        to[0] = kept.x, to[1] = kept.y;
-      }
-    }
-    block.store(p.out, row + 16 * i, acc[i], factor, block.asks(), p.role >= kPerGroup ? p.parts + part * D : nullptr);
-  }
+  for (int i = 0; i < kTiles; ++i) finish_forward(block, row + 16 * i, sums[i], acc[i]);
 }
 
 // --- host ----------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ import torch
 
 from .grid import View
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 MAX_AXES = 3
 HERE = Path(__file__).parent
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}

@@ -26,7 +26,8 @@ class Library:
             raise OSError(reason)
         lib.tsk_cuda_why_not.restype = lib.tsk_cuda_regime.restype = ctypes.c_char_p
         lib.tsk_cuda_workspace.restype = ctypes.c_int64
-        lib.tsk_cuda_workspace.argtypes = lib.tsk_cuda_regime.argtypes = (ctypes.c_char_p, ctypes.c_int32)
+        lib.tsk_cuda_workspace.argtypes = (ctypes.c_char_p, ctypes.c_int32)
+        lib.tsk_cuda_regime.argtypes = (ctypes.c_char_p, ctypes.c_int32, ctypes.c_int32)
         lib.tsk_cuda_fwd.argtypes = lib.tsk_cuda_bwd.argtypes = (ctypes.c_char_p, ctypes.c_int32, ctypes.c_void_p)
         self.c = lib
 
@@ -73,12 +74,12 @@ def _call(tensors, view: View, scale: float, weights: int, workspace: int, stats
     return native.params(tensors, q.shape, q.dtype, view, scale, weights, workspace, stats, 1)
 
 
-def regime(q, k, v, out, view: View, stats=None, grads=None) -> str:
-    """Name of the kernels that serve such a call: arguments as for `attention`."""
+def regime(q, k, v, out, view: View, stats=None, grads=None, scale: float = 1.0) -> str:
+    """Name of the kernels that serve such a call on the device of its tensors: arguments as for `attention`."""
     lib = _loaded()
     tensors = (q, k, v, out, *(grads or (None,) * 4))
-    call = _call(tensors, view, 1.0, 0, 0, 0 if stats is None else stats.data_ptr())
-    name = lib.c.tsk_cuda_regime(call, grads is not None)
+    call = _call(tensors, view, scale, 0, 0, 0 if stats is None else stats.data_ptr())
+    name = lib.c.tsk_cuda_regime(call, grads is not None, where(q)[0])
     if name is None:
         raise RuntimeError(lib.error())
     return name.decode()

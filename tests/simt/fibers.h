@@ -100,7 +100,8 @@ inline Fiber *cur, host;
 inline const void* host_stack;
 inline size_t host_stack_bytes;
 inline std::function<void()> body;
-inline char* dyn;               // dynamic shared memory of the block
+inline char* dyn;  // dynamic shared memory of the block
+inline size_t dyn_bytes;
 inline bool greedy, in_kernel;  // greedy: the last released group runs ahead as far as it can
 inline unsigned alive;
 inline std::string failure;  // of the launch in progress
@@ -193,7 +194,14 @@ SIMT_HOT inline void go(Fiber* from, Fiber* to) {
   fail(text);
 }
 
+// What goes on beside the threads, see hopper.h. async_progress() ends one thing that is under way; `must`: nobody can
+// go on without.
+bool async_progress(bool must);
+void async_start();
+void async_end();
+
 SIMT_HOT inline Fiber* pick() {  // takes the fiber to run next off the list; the host when all are done
+  for (bool more = alive > 0; more;) more = async_progress(!ready.n) && !ready.n;
   if (!ready.n) {
     if (alive) deadlock();
     return &host;
@@ -290,6 +298,7 @@ inline void start_block(size_t b, const dim3& grid, const dim3& block, size_t sh
     warps[i].alive = ~0u >> (32 - std::min(32u, threads - 32 * i));
   }
   greedy = rng() & 1, alive = threads, ready.n = barrier.n = 0;
+  async_start();
   static List all;
   all.n = 0;
   for (unsigned i = 0; i < threads; i++) {
@@ -325,12 +334,13 @@ inline void run(const dim3& grid, const dim3& block, size_t shared) {
   rng_state = seed * 0x9E3779B97F4A7C15ull + 1;
   for (size_t i = blocks; seed && i > 1; i--) std::swap(order[i - 1], order[rng() % i]);
   const std::unique_ptr<char, void (*)(void*)> memory(static_cast<char*>(malloc(shared)), free);
-  dyn = memory.get();
+  dyn = memory.get(), dyn_bytes = shared;
   for (size_t i = 0; i < blocks && failure.empty(); i++) {
     start_block(order[i], grid, block, shared);
     in_kernel = true;
     cur = &host;
     next();
+    if (failure.empty()) async_end();
     in_kernel = false;
   }
   if (failure.empty()) return;

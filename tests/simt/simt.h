@@ -10,6 +10,7 @@
 // In a shared library compile with -fvisibility=hidden -fno-gnu-unique. The functions simt_* at the end are exported.
 #pragma once
 #include "fibers.h"
+#include "hopper.h"
 #include "warp.h"
 #pragma GCC visibility push(hidden)
 
@@ -115,13 +116,18 @@ enum cudaDeviceAttr {
 };
 struct cudaFuncAttributes {
   size_t sharedSizeBytes;
-  int numRegs, maxDynamicSharedSizeBytes, binaryVersion;
+  int numRegs, maxDynamicSharedSizeBytes, binaryVersion, maxThreadsPerBlock;
 };
+#define CUDART_VERSION 13000
+enum cudaDriverEntryPointQueryResult { cudaDriverEntryPointSuccess = 0, cudaDriverEntryPointSymbolNotFound = 1 };
+enum { cudaEnableDefault = 0 };
 
 namespace simt {
 
 // What the pretended machine is, and what goes wrong on it. Shared memory without asking: 48 KiB; at most 227.
 inline int devices = 2, capability = 90, fail_next;
+inline int kernel_threads = 1024;  // a block of any kernel may have, by its attributes
+inline bool old_driver;            // it knows no tensor maps
 inline int64_t launches;
 inline thread_local int device;  // these three are a thread's own, as on a GPU
 inline thread_local cudaError_t last_error;
@@ -202,8 +208,16 @@ cudaError_t cudaFuncSetAttribute(K* kernel, cudaFuncAttribute what, int value) {
 }
 template <class K>
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* a, K*) {
-  if (simt::fail_next) return simt::error(cudaError_t(std::exchange(simt::fail_next, 0)), "made to fail");
-  *a = {0, 32, simt::kSharedDefault, simt::capability};
+  if (simt::fail_next == cudaErrorNoKernelImageForDevice)
+    return simt::error(cudaError_t(std::exchange(simt::fail_next, 0)), "made to fail");
+  *a = {0, 32, simt::kSharedDefault, simt::capability, simt::kernel_threads};
+  return cudaSuccess;
+}
+inline cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void** found, unsigned, unsigned long long,
+                                                    cudaDriverEntryPointQueryResult* result) {
+  const bool known = !strcmp(name, "cuTensorMapEncodeTiled") && !simt::old_driver;
+  *found = known ? reinterpret_cast<void*>(cuTensorMapEncodeTiled) : nullptr;
+  *result = known ? cudaDriverEntryPointSuccess : cudaDriverEntryPointSymbolNotFound;
   return cudaSuccess;
 }
 inline cudaError_t cudaMemsetAsync(void* p, int value, size_t n, cudaStream_t) {
@@ -220,3 +234,6 @@ SIMT_EXPORT void simt_copies(int when) { simt::copies = simt::Copies(when); }  /
 SIMT_EXPORT void simt_fail_next(int code) { simt::fail_next = code; }          // the next launch fails with this error
 SIMT_EXPORT int64_t simt_launches() { return simt::launches; }
 SIMT_EXPORT int simt_device() { return simt::device; }
+SIMT_EXPORT void simt_capability(int number) { simt::capability = number; }  // of every device, 90 at first
+SIMT_EXPORT void simt_kernel_threads(int most) { simt::kernel_threads = most; }
+SIMT_EXPORT void simt_old_driver(int old) { simt::old_driver = old; }

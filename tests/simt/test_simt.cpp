@@ -1,49 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Tests of simt.h: small kernels through ptx.cuh, their results by plain loops. Built and run by tests/test_simt.py:
 //     test_simt NAME     runs one test: exit code 0, or 1 and what was wrong; some must end in a sanitizer's report
-#include <cstdio>
-#include <functional>
-
-#include "../../csrc/cuda/ptx.cuh"
-
-using namespace tsk;
+#include "testing.h"
 
 namespace {
-
-int failures = 0;
-void check(bool ok, const char* what) {
-  if (ok) return;
-  failures++;
-  printf("wrong: %s\n", what);
-}
-#define CHECK(x) check((x), #x)
-
-double uniform() {  // in [-1, 1)
-  static uint64_t state = 7;
-  state = state * 6364136223846793005ull + 1442695040888963407ull;
-  return double(state >> 11) / double(1ull << 52) - 1;
-}
-
-// Exactly n elements on the heap, all bits set: NaN, or -1.
-template <class T>
-struct Buffer {
-  T* p;
-  int n;
-  explicit Buffer(int n) : p(static_cast<T*>(malloc(n * sizeof(T)))), n(n) {
-    memset(static_cast<void*>(p), 0xFF, n * sizeof(T));
-  }
-  ~Buffer() { free(p); }
-  Buffer(const Buffer&) = delete;
-  T& operator[](int i) { return p[i]; }
-};
-
-// LAUNCH, and what came of it
-template <class... P, class... A>
-cudaError_t run(void (*kernel)(P...), unsigned blocks, unsigned threads, size_t shared, A... args) {
-  LAUNCH(kernel, blocks, threads, shared, cudaStream_t(nullptr), args...);
-  return cudaGetLastError();
-}
-bool said(cudaError_t e, const char* text) { return strstr(cudaGetErrorString(e), text) != nullptr; }
 
 // --- matrix instructions ---------------------------------------------------------------------------------------------
 
