@@ -10,6 +10,8 @@ TILES = (ROW_TESTS, "-k", "16_queries or 32_queries or wide_heads or that_stream
 KEPT = (ROW_TESTS, "-k", "many_groups or is_kept or are_kept or without_statistics or hard_inputs")
 FINITE = (ROW_TESTS, "-k", "not_finite or weight_zero")
 SHORT = (FILE, "-k", "short or not_finite or class_row_weights")
+SHORT_MADE, TILES = ("tests/test_cuda_short.py",), ("tests/test_cuda_generic.py",)
+GUARDED = (FILE, "-k", "guard_arena")
 PLAIN = (FILE, "-k", "generic_lengths or class_row_weights")
 SHORT_CUH, ROWS, RESIDENT, RESIDENT_BACKWARD, STREAMING, STREAMING_BACKWARD, GENERIC, CLASS_ROW, LAUNCH = (
     f"csrc/cuda/{name}"
@@ -326,4 +328,63 @@ MUTANTS = [
         "bytes += 64;",
         LONG,
     ),
+    # Kernels made for an M, halves of a tile apart; rows in tiles of the plain kernels
+    Mutant(
+        "CUDA: sequences of a half not told apart",
+        SHORT_CUH,
+        "n == i / 2 && g / MEMBERS == (2 * t + (i & 1)) / MEMBERS",
+        "n == i / 2",
+        SHORT_MADE,
+    ),
+    Mutant(
+        "CUDA: the second half of a product lost",
+        SHORT_CUH,
+        "sums[r][2] = other[2], sums[r][3] = other[3];",
+        "",
+        SHORT_MADE,
+    ),
+    Mutant(
+        "CUDA: the second half has no turn",
+        SHORT_CUH,
+        "row.sequence % (kHalf ? kHalf : 1)",
+        "row.sequence + 0 * (kHalf ? kHalf : 1)",
+        SHORT_MADE,
+    ),
+    Mutant(
+        "CUDA: rows of the second half from the first group",
+        SHORT_CUH,
+        "group_row(p, b.group) + step",
+        "start + step",
+        SHORT_MADE,
+    ),
+    Mutant(
+        "CUDA: neighbours in a half are taken for finite",
+        SHORT_CUH,
+        "MEMBERS >= 8 || all_finite(note_rows<T, D>(0, v))",
+        "MEMBERS >= 4 || all_finite(note_rows<T, D>(0, v))",
+        SHORT_MADE,
+    ),
+    Mutant(
+        "CUDA: a tile read before all have filled it",
+        GENERIC,
+        "D, wide, lane);\n    __syncwarp();",
+        "D, wide, lane);",
+        TILES,
+    ),
+    Mutant(
+        "CUDA: every tile from the first columns",
+        GENERIC,
+        "load16(row_of(head, x, from) + first + column)",
+        "load16(row_of(head, x, from) + column)",
+        TILES,
+    ),
+    Mutant(
+        "CUDA: columns past the end of a row",
+        GENERIC,
+        "member < count && first + column < D",
+        "member < count",
+        GUARDED,
+    ),
+    Mutant("CUDA: distance of tokens not looked at", GENERIC, "p.tokens == 1 || x.token % n == 0", "true", TILES),
+    Mutant("CUDA: alignment of dout not looked at", GENERIC, "!p.dq.data || reads_wide(p, p.dout)", "true", TILES),
 ]

@@ -85,10 +85,10 @@ struct Problem {
 
 // --- where a row is -------------------------------------------------------------------------------------------------
 
-// The first row of one head of a clip.
+// The first row of one head of a clip. Neither number is negative: a product with an unsigned one is shorter.
 template <class T>
 DEVICE T* head_of(const Tensor& x, int batch, int head) {
-  return static_cast<T*>(x.data) + batch * x.batch + head * x.head;
+  return static_cast<T*>(x.data) + int64_t(uint32_t(batch)) * x.batch + int64_t(uint32_t(head)) * x.head;
 }
 
 // One row of it.

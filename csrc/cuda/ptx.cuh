@@ -56,6 +56,23 @@ DEVICE void mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a
 #endif
 }
 
+// c += A(16x8) B(8x8): the first half of the operands above
+template <class T>
+DEVICE void mma8(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t b0) {
+#ifdef __CUDACC__
+  if constexpr (kIsHalf<T>)
+    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3},{%4,%5},{%6},{%0,%1,%2,%3};"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a0), "r"(a1), "r"(b0));
+  else
+    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3},{%4,%5},{%6},{%0,%1,%2,%3};"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a0), "r"(a1), "r"(b0));
+#else
+  mma<T>(c, a0, a1, 0, 0, b0, 0);
+#endif
+}
+
 // The transpose of one 8x8 block of 16-bit elements that the warp holds: lane 4 g + t has elements 2t, 2t+1 of row g.
 DEVICE uint32_t transposed(uint32_t x) {
 #ifdef __CUDACC__

@@ -12,7 +12,9 @@
 //           swapped.
 //
 // Scores of two sequences are discarded, but products with them still meet the neighbour's rows with weight zero, and
-// zero times NaN is NaN. So where something is not finite the last products are done for one sequence at a time.
+// zero times NaN is NaN. Where no sequence reaches from rows 0-7 into rows 8-15, each half has products of its own and
+// knows nothing of the other; where that is not enough and something is not finite, the last products are done for one
+// sequence at a time.
 #pragma once
 #include "matrix.cuh"
 
@@ -20,6 +22,10 @@ namespace tsk {
 
 constexpr int kShortRows = 16;  // of a warp
 constexpr int kShortWarps = 4;  // of a block, one head each
+
+// Sequences of a half of the tile, where a kernel is made for an M that divides its 8 rows; else 0.
+template <int MEMBERS>
+constexpr int kHalfPack = MEMBERS >= 1 && MEMBERS <= 8 ? 8 / (MEMBERS ? MEMBERS : 1) : 0;
 
 // A 1-D grid over batch x tiles x fours of heads, the last fastest.
 struct ShortGrid {
@@ -34,30 +40,32 @@ struct ShortGrid {
   }
 };
 
-// What one of the 16 rows is. MEMBERS: M without a class row where a kernel is made for it (8, 16), else 0.
+// What one of the 16 rows is. MEMBERS: M without a class row where a kernel is made for it (1, 2, 4, 8, 16),
+// else 0.
 struct ShortRow {
   int sequence, member, group;  // sequence: of the tile
   int32_t token;
   bool exists;
 };
 
+// All but the token.
 template <int MEMBERS>
+DEVICE ShortRow short_row(const Problem& p, int tile, int index) {
+  ShortRow row;
+  row.sequence = index / MEMBERS, row.member = index % MEMBERS;
+  row.group = tile * (kShortRows / MEMBERS) + row.sequence;
+  row.exists = MEMBERS == kShortRows || row.group < p.groups;
+  if (!row.exists) row.group = 0;  // an address there is
+  return row;
+}
+
 DEVICE ShortRow short_row(const Problem& p, const ShortGrid& grid, int tile, int index) {
   ShortRow row;
-  if constexpr (MEMBERS != 0) {
-    row.sequence = index / MEMBERS, row.member = index % MEMBERS;
-    row.group = tile * (kShortRows / MEMBERS) + row.sequence;
-    row.exists = MEMBERS == kShortRows || row.group < p.groups;
-  } else {
-    row.sequence = int(uint32_t(index) * grid.inverse >> 8), row.member = index - row.sequence * p.members;
-    row.group = tile * int(grid.pack) + row.sequence;
-    row.exists = uint32_t(row.sequence) < grid.pack && row.group < p.groups;
-  }
-  if (!row.exists) row.group = 0;  // an address there is
-  if constexpr (MEMBERS != 0)
-    row.token = group_row(p, row.group) + p.sequence.walk(row.member);
-  else
-    row.token = member_row(p, group_row(p, row.group), row.member);
+  row.sequence = int(uint32_t(index) * grid.inverse >> 8), row.member = index - row.sequence * p.members;
+  row.group = tile * int(grid.pack) + row.sequence;
+  row.exists = uint32_t(row.sequence) < grid.pack && row.group < p.groups;
+  if (!row.exists) row.group = 0;
+  row.token = member_row(p, group_row(p, row.group), row.member);
   return row;
 }
 
@@ -74,7 +82,15 @@ struct ShortTile {
     batch = int(split(tile, grid.tiles)), first_tile = tile == 0;
     const int lane = threadIdx.x & 31;
     head = int(four) * kShortWarps + int(threadIdx.x >> 5), g = lane >> 2, t = lane & 3;
-    a = short_row<MEMBERS>(p, grid, int(tile), g), b = short_row<MEMBERS>(p, grid, int(tile), g + 8);
+    if constexpr (MEMBERS != 0) {
+      // One walk where both rows are the same member of two groups, one where they are two members of the same group.
+      a = short_row<MEMBERS>(p, int(tile), g), b = short_row<MEMBERS>(p, int(tile), g + 8);
+      const int32_t start = group_row(p, a.group), step = p.sequence.walk(a.member);
+      a.token = start + step;
+      b.token = MEMBERS == kShortRows ? start + p.sequence.walk(b.member) : group_row(p, b.group) + step;
+    } else {
+      a = short_row(p, grid, int(tile), g), b = short_row(p, grid, int(tile), g + 8);
+    }
     seen = 0;
     if constexpr (MEMBERS == 0)
 #pragma unroll
@@ -93,10 +109,16 @@ struct ShortTile {
   static DEVICE bool is_class(const Problem& p, const ShortRow& row) {
     return MEMBERS == 0 && p.role != kNoMember && row.member == 0;
   }
+  // Whether a row's turn has come: see by_sequence().
+  static DEVICE bool takes_part(const ShortRow& row, int part) {
+    constexpr int kHalf = kHalfPack<MEMBERS>;
+    return part < 0 || (kHalf ? row.sequence % (kHalf ? kHalf : 1) : row.sequence) == part;
+  }
   // Whether element i of the sums of keys 8 n to 8 n + 7 is a score of a query that exists.
   DEVICE bool sees(int n, int i) const {
-    if constexpr (MEMBERS == 8) return n == i / 2;
     if constexpr (MEMBERS == 16) return true;
+    if constexpr (MEMBERS == 8) return n == i / 2;
+    if constexpr (MEMBERS != 0) return n == i / 2 && g / MEMBERS == (2 * t + (i & 1)) / MEMBERS;
     return seen >> (4 * n + i) & 1;
   }
 };
@@ -118,13 +140,15 @@ DEVICE void load_short_row(uint32_t (&to)[D / 8], const T* row, bool exists) {
   }
 }
 
-// Rows of one tensor; those of a query that is none are zero.
+// Rows of one tensor; those of a query that is none are zero. A kernel made for an M has only queries, and rows that do
+// not exist there need not be zero: they are of sequences of their own, which nobody stores.
 template <class T, int D, int MEMBERS>
 DEVICE ShortRows<D> load_short(const Problem& p, const ShortTile<MEMBERS>& tile, const Tensor& x, bool queries) {
   ShortRows<D> rows;
   const T* head = head_of<const T>(x, tile.batch, tile.head) + 8 * tile.t;
-  load_short_row<D>(rows.a, row_of(head, x, tile.a.token), queries ? tile.asks(p, tile.a) : tile.a.exists);
-  load_short_row<D>(rows.b, row_of(head, x, tile.b.token), queries ? tile.asks(p, tile.b) : tile.b.exists);
+  const auto wanted = [&](const ShortRow& row) { return MEMBERS != 0 || (queries ? tile.asks(p, row) : row.exists); };
+  load_short_row<D>(rows.a, row_of(head, x, tile.a.token), wanted(tile.a));
+  load_short_row<D>(rows.b, row_of(head, x, tile.b.token), wanted(tile.b));
   return rows;
 }
 
@@ -160,22 +184,31 @@ DEVICE void inner_short(float (&sums)[2][4], const ShortRows<D>& x, const ShortR
   }
 }
 
-// The transpose of such weights. MEMBERS == 8: the off-diagonal blocks are zero.
+// The transpose of such weights. The off-diagonal blocks of separate halves are zero.
 template <int MEMBERS>
 DEVICE void transpose_weights(uint32_t (&to)[4], const uint32_t (&w)[4]) {
   to[0] = transposed(w[0]), to[3] = transposed(w[3]);
-  to[1] = MEMBERS == 8 ? 0u : transposed(w[2]), to[2] = MEMBERS == 8 ? 0u : transposed(w[1]);
+  to[1] = kHalfPack<MEMBERS> ? 0u : transposed(w[2]), to[2] = kHalfPack<MEMBERS> ? 0u : transposed(w[1]);
 }
 
 // w x of a tile, the rows of x with the masks keep_a and keep_b, and out: store(c, sums) for every 32 columns.
-template <class T, int D, class Store>
+template <class T, int D, int MEMBERS, class Store>
 DEVICE void mix_short(const uint32_t (&w)[4], const ShortRows<D>& x, uint32_t keep_a, uint32_t keep_b, Store store) {
 #pragma unroll
   for (int c = 0; c < D / 32; ++c) {
     float sums[4][4] = {};
 #pragma unroll
-    for (int r = 0; r < 4; ++r)
-      mma<T>(sums[r], w[0], w[1], w[2], w[3], transposed(x.a[4 * c + r] & keep_a), transposed(x.b[4 * c + r] & keep_b));
+    for (int r = 0; r < 4; ++r) {
+      const uint32_t a = transposed(x.a[4 * c + r] & keep_a), b = transposed(x.b[4 * c + r] & keep_b);
+      if constexpr (kHalfPack<MEMBERS> != 0) {  // one left operand for both, of which a half counts
+        float other[4] = {};
+        mma8<T>(sums[r], w[0], w[3], a);
+        mma8<T>(other, w[0], w[3], b);
+        sums[r][2] = other[2], sums[r][3] = other[3];
+      } else {
+        mma<T>(sums[r], w[0], w[1], w[2], w[3], a, b);
+      }
+    }
     store(c, sums);
   }
 }
@@ -187,10 +220,11 @@ DEVICE uint32_t note_rows(uint32_t seen, const ShortRows<D>& x) {
   return seen;
 }
 
-// once(part) for all sequences of a tile together (-1), or, where something is not finite, one after the other.
+// once(part) for all sequences of a tile together (-1), or, where something is not finite, one after the other: those
+// of separate halves at once.
 template <int MEMBERS, class Once>
 DEVICE void by_sequence(const ShortGrid& grid, bool fine, Once once) {
-  const int parts = MEMBERS != 0 ? kShortRows / (MEMBERS == 0 ? 1 : MEMBERS) : int(grid.pack);
+  const int parts = kHalfPack<MEMBERS> ? kHalfPack<MEMBERS> : MEMBERS ? 1 : int(grid.pack);
   for (int part = fine || parts == 1 ? -1 : 0;;) {
     once(part);
     if (part < 0 || ++part == parts) break;
@@ -254,7 +288,7 @@ __global__ void __launch_bounds__(32 * kShortWarps, short_blocks(D, MEMBERS, fal
   pack_weights<T>(w, s);
 
   const auto finish = [&](const ShortRow& row, int half, int part, int c, const float (&sum)[4][4]) {
-    if (!tile.asks(p, row) || (part >= 0 && row.sequence != part)) return;
+    if (!tile.asks(p, row) || !tile.takes_part(row, part)) return;
     const float factor = reciprocal(sums.total[half]);
     const int d = 32 * c + 8 * tile.t;
     if (tile.is_class(p, row))
@@ -262,11 +296,10 @@ __global__ void __launch_bounds__(32 * kShortWarps, short_blocks(D, MEMBERS, fal
     else
       store_short(row_of(head_of<T>(p.out, tile.batch, tile.head) + d, p.out, row.token), sum, half, factor);
   };
-  const bool fine = MEMBERS == 16 || all_finite(note_rows<T, D>(0, v));
+  const bool fine = MEMBERS >= 8 || all_finite(note_rows<T, D>(0, v));
   by_sequence<MEMBERS>(grid, fine, [&](int part) {
-    const uint32_t keep_a = part < 0 || tile.a.sequence == part ? ~0u : 0,
-                   keep_b = part < 0 || tile.b.sequence == part ? ~0u : 0;
-    mix_short<T, D>(w, v, keep_a, keep_b, [&](int c, const float (&sum)[4][4]) {
+    const uint32_t keep_a = tile.takes_part(tile.a, part) ? ~0u : 0, keep_b = tile.takes_part(tile.b, part) ? ~0u : 0;
+    mix_short<T, D, MEMBERS>(w, v, keep_a, keep_b, [&](int c, const float (&sum)[4][4]) {
       finish(tile.a, 0, part, c, sum);
       finish(tile.b, 1, part, c, sum);
     });
@@ -328,7 +361,7 @@ __global__ void __launch_bounds__(32 * kShortWarps, short_blocks(D, MEMBERS, tru
 
   const auto finish = [&](const Tensor& x, int which, const ShortRow& row, int half, int part, int c,
                           const float (&sum)[4][4]) {
-    if (!(which == 0 ? tile.asks(p, row) : row.exists) || (part >= 0 && row.sequence != part)) return;
+    if (!(which == 0 ? tile.asks(p, row) : row.exists) || !tile.takes_part(row, part)) return;
     const int d = 32 * c + 8 * tile.t;
     if (tile.is_class(p, row))
       store_short_part(p.parts + (3 * part_index(p, tile.batch, tile.head, row.group) + which) * D + d, sum, half,
@@ -336,12 +369,11 @@ __global__ void __launch_bounds__(32 * kShortWarps, short_blocks(D, MEMBERS, tru
     else
       store_short(row_of(head_of<T>(x, tile.batch, tile.head) + d, x, row.token), sum, half, 1.0f);
   };
-  const bool fine = MEMBERS == 16 || all_finite(note_rows<T, D>(note_rows<T, D>(note_rows<T, D>(0, k), q), dout));
+  const bool fine = MEMBERS >= 8 || all_finite(note_rows<T, D>(note_rows<T, D>(note_rows<T, D>(0, k), q), dout));
   by_sequence<MEMBERS>(grid, fine, [&](int part) {
-    const uint32_t keep_a = part < 0 || tile.a.sequence == part ? ~0u : 0,
-                   keep_b = part < 0 || tile.b.sequence == part ? ~0u : 0;
+    const uint32_t keep_a = tile.takes_part(tile.a, part) ? ~0u : 0, keep_b = tile.takes_part(tile.b, part) ? ~0u : 0;
     const auto product = [&](const Tensor& x, int which, const uint32_t (&left)[4], const ShortRows<D>& right) {
-      mix_short<T, D>(left, right, keep_a, keep_b, [&](int c, const float (&sum)[4][4]) {
+      mix_short<T, D, MEMBERS>(left, right, keep_a, keep_b, [&](int c, const float (&sum)[4][4]) {
         finish(x, which, tile.a, 0, part, c, sum);
         finish(x, which, tile.b, 1, part, c, sum);
       });
@@ -369,9 +401,20 @@ int32_t launch_short(const Problem& p, bool backward, cudaStream_t stream) {
 template <class T>
 int32_t launch_short(const Problem& p, bool backward, cudaStream_t stream) {
   return with_head_dim(p, [&](auto D) {
-    if (p.role == kNoMember && p.members == 8) return launch_short<T, D(), 8>(p, backward, stream);
-    if (p.role == kNoMember && p.members == 16) return launch_short<T, D(), 16>(p, backward, stream);
-    return launch_short<T, D(), 0>(p, backward, stream);
+    switch (p.role == kNoMember ? p.members : 0) {
+      case 1:
+        return launch_short<T, D(), 1>(p, backward, stream);
+      case 2:
+        return launch_short<T, D(), 2>(p, backward, stream);
+      case 4:
+        return launch_short<T, D(), 4>(p, backward, stream);
+      case 8:
+        return launch_short<T, D(), 8>(p, backward, stream);
+      case 16:
+        return launch_short<T, D(), 16>(p, backward, stream);
+      default:
+        return launch_short<T, D(), 0>(p, backward, stream);
+    }
   });
 }
 
