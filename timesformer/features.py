@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a TimeSformer holds after any of its layers: tokens as maps, and one feature for the clip, a patch or a frame."""
+"""What a TimeSformer holds after any of its layers: tokens as maps, or one feature for clip, patch or frame."""
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -112,8 +113,7 @@ def features(model: TimeSformer, video: Tensor, layer: int = -1, kind: str = "cl
     number = layer_number(model, layer)
     if norm is None:
         norm = number == len(model.blocks) - 1
-    for x in layer_outputs(model, video, number):
-        pass
+    x = deque(layer_outputs(model, video, number), maxlen=1).pop()  # the last one, and no other is kept
     prefix, patches = _split(model, x, video)
     if kind == "cls":
         prefix = prefix.mean(1)  # over frames, before the LayerNorm, as the classifier takes it
