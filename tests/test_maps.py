@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention maps against probabilities formed on the way through the model of blocks.py; rollout against whole products."""
+"""Attention maps against probabilities formed on the way through the model of blocks.py; rollout against matrices."""
 
 import blocks
 import pytest

@@ -202,8 +202,8 @@ def _discard(p: Tensor, share: float) -> Tensor:
 def rollout(model: TimeSformer, video: Tensor, *, fusion: str = "mean", discard: float = 0.0) -> Tensor:
     """How much of each patch reaches the class token through all layers' attention: [B, T, h, w].
 
-    video: [B, C, T, height, width] of the model's dtype; the model is in evaluation mode. fusion: "mean", "max" or "min"
-    over the heads. discard: share in [0, 1) of every row's smallest probabilities that are set to zero first. Entries
+    video: [B, C, T, height, width] of the model's dtype; the model is in evaluation mode. fusion of the heads: "mean",
+    "max" or "min". discard: share in [0, 1) of every row's smallest probabilities that are set to zero first. Entries
     are shares of a whole: what they lack to 1 is what the class token kept of itself. With space-only models the
     frames' class tokens count equally, as the classifier averages them.
 

@@ -54,7 +54,8 @@ def _record(config: Mapping[str, Any], names: str, license: str | None) -> dict[
     return {"format": OWN_FORMAT, "names": names, **({"license": license} if license else {}), **config}
 
 
-def _save_safetensors(state_dict: Mapping[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+def save_safetensors(state_dict: Mapping[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """Write named tensors to exactly that path, readable as the umask says."""
     try:
         from safetensors.torch import save_file
     except ImportError as error:
@@ -90,7 +91,7 @@ def _write_folder(
     tensors = from_native(state_dict, fmt)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with whole(folder, folder=True) as temporary:
-        _save_safetensors(tensors, temporary / "model.safetensors", {})
+        save_safetensors(tensors, temporary / "model.safetensors", {})
         (temporary / "config.json").write_text(text, encoding="utf-8")
 
 
@@ -107,7 +108,7 @@ def _write_file(
     tensors = from_native(state_dict, fmt)
     with whole(path) as temporary:
         if path.suffix == SAFETENSORS_SUFFIX:
-            _save_safetensors(tensors, temporary, {OWN_KEY: record})
+            save_safetensors(tensors, temporary, {OWN_KEY: record})
         else:
             _save_torch(tensors, temporary, fmt, record)
 
