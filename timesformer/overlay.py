@@ -14,7 +14,7 @@ from .files import whole
 
 # From little to much: dark, violet, red, orange, light yellow. Ever lighter, so that it reads without colour too.
 _COLOURS = np.array([(10, 5, 40), (90, 20, 110), (190, 55, 85), (245, 125, 20), (250, 245, 150)], np.float32)
-_LEAST, _MOST = 0.15, 0.75  # share of the colour where the map is at its least and at its most
+_LEAST, _MOST = 0.55, 0.75  # share of the colour where the map is at its least and at its most
 _GAP = 4  # pixels between pictures
 _ROW = 8  # frames in a row of a sheet
 
@@ -76,7 +76,7 @@ def write_png(path: str | os.PathLike, image: np.ndarray) -> None:
         raise ImportError('writing PNG needs PyAV: pip install "timesformer-kernels[video]"') from error
     encoder = av.CodecContext.create("png", "w")
     encoder.height, encoder.width = image.shape[:2]
-    encoder.pix_fmt, encoder.time_base = "rgb24", 1
+    encoder.pix_fmt, encoder.time_base, encoder.options = "rgb24", 1, {"compression_level": "9", "pred": "mixed"}
     frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
     data = b"".join(bytes(packet) for packet in (*encoder.encode(frame), *encoder.encode(None)))
     with whole(Path(path)) as temporary:

@@ -27,11 +27,11 @@ def add(commands) -> None:
     )
     parser.add_argument("--to", choices=FORMATS, help="names and layout of DST (default: timesformer)")
     parser.add_argument(
-        "--from", dest="src_fmt", choices=FORMATS, help="what SRC is, where detection would guess wrong"
+        "--from", dest="src_fmt", choices=FORMATS, help="what SRC is, if detection guesses wrong"
     )
     parser.add_argument("--num-heads", type=positive, metavar="N", help="where SRC does not tell")
     parser.add_argument(
-        "--inflate", action="store_true", help="make a video model of an image ViT; time starts at zero"
+        "--inflate", action="store_true", help="make a video model of an image ViT"
     )
     parser.add_argument("--frames", type=positive, metavar="N", help=".onnx, .pt2, --inflate: frames of a clip")
     parser.add_argument("--img-size", type=positive, metavar="PIXELS", help=".onnx, .pt2: side of the frames")
