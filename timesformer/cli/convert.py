@@ -26,13 +26,9 @@ def add(commands) -> None:
         help=".safetensors, .pyth, .pth, .pt or .bin: one file; .onnx or .pt2: the model; anything else: a folder",
     )
     parser.add_argument("--to", choices=FORMATS, help="names and layout of DST (default: timesformer)")
-    parser.add_argument(
-        "--from", dest="src_fmt", choices=FORMATS, help="what SRC is, if detection guesses wrong"
-    )
+    parser.add_argument("--from", dest="src_fmt", choices=FORMATS, help="what SRC is, if detection guesses wrong")
     parser.add_argument("--num-heads", type=positive, metavar="N", help="where SRC does not tell")
-    parser.add_argument(
-        "--inflate", action="store_true", help="make a video model of an image ViT"
-    )
+    parser.add_argument("--inflate", action="store_true", help="make a video model of an image ViT")
     parser.add_argument("--frames", type=positive, metavar="N", help=".onnx, .pt2, --inflate: frames of a clip")
     parser.add_argument("--img-size", type=positive, metavar="PIXELS", help=".onnx, .pt2: side of the frames")
     parser.add_argument(
