@@ -24,6 +24,11 @@ def model(folder):
     return make_model(folder / "model")
 
 
+@pytest.fixture(scope="module")
+def small(folder):
+    return make_model(folder / "small", depth=1)
+
+
 def video():
     return torch.randn(3, 3, 4, 32, 32, generator=torch.Generator().manual_seed(5))
 
@@ -79,21 +84,21 @@ def test_inflate(capsys, tmp_path):
     fails(capsys, tmp_path, 1, "is an image ViT", *argv)
 
 
-def test_program(capsys, tmp_path, model):
-    converted(capsys, model, tmp_path / "m.pt2")
+def test_program(capsys, tmp_path, small):
+    converted(capsys, small, tmp_path / "m.pt2")
     got = torch.export.load(tmp_path / "m.pt2").module()(video())
-    exact = logits(model)
+    exact = logits(small)
     torch.testing.assert_close(got, exact, rtol=1e-4, atol=1e-5 * exact.abs().max().item())
 
 
-def test_onnx(capsys, tmp_path, model):
+def test_onnx(capsys, tmp_path, small):
     pytest.importorskip("onnxscript")
     runtime = pytest.importorskip("onnxruntime")
-    converted(capsys, model, tmp_path / "m.onnx", "--frames", 2, "--img-size", 24)
+    converted(capsys, small, tmp_path / "m.onnx", "--frames", 2, "--img-size", 24)
     clip = video()[:, :, :2, :24, :24].contiguous()
     (got,) = runtime.InferenceSession(str(tmp_path / "m.onnx")).run(None, {"video": clip.numpy()})
     with torch.inference_mode():
-        exact = TimeSformer.from_pretrained(model)(clip)
+        exact = TimeSformer.from_pretrained(small)(clip)
     torch.testing.assert_close(torch.from_numpy(got), exact, rtol=1e-4, atol=1e-5 * exact.abs().max().item())
 
 

@@ -11,12 +11,14 @@ from pathlib import Path
 from .classify import DEFAULT_MODEL
 from .common import DTYPES, add_backend, check_backend, positive
 
+DEMO = "demo"  # the model in the box
+
 
 def add_clips(parser: argparse.ArgumentParser) -> None:
     """Options of the model and of which frames it sees."""
     parser.add_argument(
         "--model", default=DEFAULT_MODEL, metavar="ID|PATH",
-        help=f"hub id, folder or checkpoint file (default: {DEFAULT_MODEL})",
+        help=f"hub id, folder or checkpoint file, or {DEMO!r} for the model in the box (default: {DEFAULT_MODEL})",
     )  # fmt: skip
     parser.add_argument("--preset", metavar="NAME", help="sampling and preprocessing (default: that of the model)")
     parser.add_argument("--frames", type=positive, metavar="N", help="frames of one clip")
@@ -62,7 +64,12 @@ def load(args):
     from .. import TimeSformer
     from ..presets import checkpoint_statistics, find_preset, preset_of_checkpoint
 
-    model = TimeSformer.from_pretrained(args.model, backend=args.backend)
+    source = args.model
+    if source == DEMO:
+        from ..demo import folder
+
+        source = folder()
+    model = TimeSformer.from_pretrained(source, backend=args.backend)
     config = model.config
     if args.preset:
         preset = find_preset(args.preset)
@@ -74,7 +81,7 @@ def load(args):
         size = config.img_size if isinstance(config.img_size, int) else min(config.img_size)
         preset = replace(preset, num_frames=config.num_frames, img_size=size)
         # a checkpoint's own statistics win: fine-tuned models often differ from the release
-        if statistics := checkpoint_statistics(args.model):
+        if statistics := checkpoint_statistics(source):
             preset = replace(preset, mean=statistics[0], std=statistics[1])
     return model.to(device=args.device, dtype=getattr(torch, args.dtype)), override(preset, args)
 
