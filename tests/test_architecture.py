@@ -30,6 +30,7 @@ FLOORS = {
 }
 FLOORS |= {"warmup": 4, "__init__": 4}
 OPTIONAL = {"av", "tqdm", "transformers", "safetensors", "huggingface_hub", "matplotlib", "triton", "PIL", "cv2"}
+OPTIONAL |= {"onnx", "onnxscript", "onnxruntime"}
 
 
 def imports(path, top_level_only=False):

@@ -299,6 +299,12 @@ class TimeSformer(nn.Module):
             return time
         return F.interpolate(time.t()[None], size=frames, mode="nearest")[0].t()
 
+    def forward_intermediates(self, video: Tensor, indices=None, **options):
+        """Patch tokens after chosen layers, in the manner of timm: see `features.forward_intermediates`."""
+        from .features import forward_intermediates
+
+        return forward_intermediates(self, video, indices, **options)
+
 
 def _init_linear(module: nn.Linear) -> None:
     nn.init.trunc_normal_(module.weight, std=0.02, a=-2.0, b=2.0)

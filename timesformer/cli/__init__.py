@@ -8,9 +8,9 @@ import os
 import sys
 from importlib import metadata
 
-from . import benchmark, classify, demo, env
+from . import attention, benchmark, classify, convert, demo, env, features
 
-COMMANDS = (benchmark, classify, demo, env)
+COMMANDS = (attention, benchmark, classify, convert, demo, env, features)
 
 
 def _version() -> str:

@@ -8,7 +8,7 @@ from importlib import metadata
 
 from .common import add_command
 
-OPTIONAL = ("av", "tqdm", "safetensors", "huggingface_hub", "transformers")
+OPTIONAL = ("av", "tqdm", "safetensors", "huggingface_hub", "transformers", "onnx", "onnxscript", "onnxruntime")
 
 
 def add(commands) -> None:
