@@ -19,7 +19,9 @@ from timesformer_kernels.registry import get as get_backend
 from . import weights
 from .attention import DividedSTAttention, JointSTAttention
 from .config import TimeSformerConfig
-from .layers import Mlp, PatchEmbed, hooked, pair, residual
+from .layers import PatchEmbed, hooked, pair, plain, residual
+from .mlp import Mlp
+from .stream import Stream
 
 __all__ = ["DividedBlock", "JointBlock", "TimeSformer", "TimeSformerConfig"]
 
@@ -32,10 +34,21 @@ class _MlpHalf(nn.Module):
         self.norm2 = nn.LayerNorm(dim, layer_norm_eps)
         self.mlp = Mlp(dim, hidden, drop)
 
-    def forward(self, x: Tensor, frames: int, class_row_only: bool = False) -> Tensor:
-        x = super().forward(x, frames, class_row_only)
-        scale = self.drop_path.draw(x.shape[0], 1, 1, like=x) if self.drop_path.active else None
-        return residual(x, self.mlp(self.norm2(x)), scale)
+    def run(self, stream: Stream, frames: int, class_row_only: bool = False) -> None:
+        super().run(stream, frames, class_row_only)
+        normed, source = stream.norm(self.norm2, self.backend)
+        scale = self.drop_path.per_clip(stream.x)
+        stream.add(self.mlp(normed, source, self.backend), scale)
+
+
+def mergeable(block: nn.Module) -> bool:
+    """True where nobody but the next block asks what the block gives: no wrapper, its own forward, no hooks."""
+    return (
+        plain(block, type(block))
+        and isinstance(block, _MlpHalf)
+        and type(block).forward in (DividedSTAttention.forward, JointSTAttention.forward)
+        and block._compiled_call_impl is None
+    )
 
 
 class DividedBlock(_MlpHalf, DividedSTAttention):
@@ -241,14 +254,20 @@ class TimeSformer(nn.Module):
         self._check(video)
         batch, frames = video.shape[0], video.shape[2]
         space_only = self.config.attention_type == "space_only"
-        x = self._embed(video)
-        for block in self.blocks:
-            class_row_only = block is self.blocks[-1] and not hooked(block)
-            x = block(x, 1 if space_only else frames, class_row_only)
-        x = x[:, 0]
+        x = self._through_blocks(Stream(self._embed(video)), 1 if space_only else frames)[:, 0]
         if space_only:  # features are averaged over frames, before the LayerNorm
             x = x.unflatten(0, (batch, frames)).mean(1)
         return self.norm(x)
+
+    def _through_blocks(self, stream: Stream, frames: int) -> Tensor:
+        """The sum after the last block, [B, S, dim], or its class row alone [B, 1, dim]."""
+        for block in self.blocks:
+            class_row_only = block is self.blocks[-1] and not hooked(block)
+            if mergeable(block):  # its last sum merges with the first LayerNorm of the next block
+                block.run(stream, frames, class_row_only)
+            else:
+                stream = Stream(block(stream.sum(), frames, class_row_only))
+        return stream.sum()
 
     def _check(self, video: Tensor) -> None:
         if not isinstance(video, Tensor):
