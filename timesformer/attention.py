@@ -18,7 +18,7 @@ from timesformer_kernels.grid import view
 
 from .folding import fold
 from .layers import DropPath, hooked, plain
-from .recompute import Source, linear
+from .recompute import Source, linear, segment
 from .stream import Stream
 
 
@@ -60,15 +60,19 @@ class Attention(nn.Module):
         cls_weights: Tensor | None = None,
         class_row_only: bool = False,
         source: Source | None = None,
+        light: bool = False,
     ) -> Tensor:
         """x [B, S, dim], normalised -> the projected attention output [B, S, dim], or its row 0 alone [B, 1, dim].
 
-        source: what x can be made of anew, so that training need not keep it.
+        source: what x can be made of anew, so that training need not keep it. light: training keeps q, k and v, and
+        makes the attention output anew.
         """
         rows = 1 if class_row_only else x.shape[1]
         if self.drops:
             return self._with_dropout(x, scheme, frames, cls, backend, cls_weights)[:, :rows]
-        return self.proj(self.attend(x, scheme, frames, cls, backend, cls_weights, source)[:, :rows])
+        step = scheme, frames, cls, backend, cls_weights
+        qkv = self.packed(x, source)
+        return segment(light, lambda qkv: self.proj(self.attend(qkv, *step)[:, :rows]), qkv)
 
     @property
     def drops(self) -> bool:
@@ -79,10 +83,10 @@ class Attention(nn.Module):
         """x [B, S, dim] -> q, k and v [B, S, 3, heads, head_dim], a view of one product."""
         return linear(self.qkv, x, source).unflatten(2, (3, self.num_heads, self.head_dim))
 
-    def attend(self, x, scheme, frames, cls, backend, cls_weights=None, source=None) -> Tensor:
-        """x [B, S, dim], normalised -> the attention output before its projection [B, S, dim], without dropout."""
+    def attend(self, qkv, scheme, frames, cls, backend, cls_weights=None) -> Tensor:
+        """q, k and v, packed -> the attention output before its projection [B, S, dim], without dropout."""
         options = dict(scheme=scheme, cls=cls, scale=self.scale, backend=backend, cls_weights=cls_weights)
-        return grid_attention_qkvpacked(self.packed(x, source), grid=_grid(x, frames, cls), **options).flatten(2)
+        return grid_attention_qkvpacked(qkv, grid=_grid(qkv, frames, cls), **options).flatten(2)
 
     def _with_dropout(self, x, scheme, frames, cls, backend, cls_weights) -> Tensor:
         """Training with dropout needs the probabilities, and each group's own class row: the reference has them."""
@@ -162,7 +166,7 @@ class DividedSTAttention(nn.Module):
         self.norm1 = nn.LayerNorm(dim, layer_norm_eps)
         self.attn = Attention(*attention)
         self.drop_path = DropPath(drop_path)
-        self.dim, self.class_token, self.backend = dim, class_token, backend
+        self.dim, self.class_token, self.backend, self.checkpoint = dim, class_token, backend, "none"
         nn.init.zeros_(self.temporal_fc.weight)
         nn.init.zeros_(self.temporal_fc.bias)
 
@@ -173,7 +177,7 @@ class DividedSTAttention(nn.Module):
         Raises ValueError where S does not fit `frames`, or dim the module's.
         """
         _check(x, frames, self.dim, self.class_token)
-        stream = Stream(x)
+        stream = Stream(x, sources=self.checkpoint != "full")
         self.run(stream, frames, class_row_only)
         return stream.sum()
 
@@ -185,17 +189,19 @@ class DividedSTAttention(nn.Module):
     def _time(self, stream: Stream, frames: int) -> None:
         mode = "exclude" if self.class_token else "none"
         attn, fc = self.temporal_attn, self.temporal_fc
+        light = self.checkpoint == "light"
         normed, source = stream.norm(self.temporal_norm1, self.backend)
-        step = normed, "time", frames, mode, self.backend
+        step = "time", frames, mode, self.backend
         if self._folds(normed):
-            branch = attn.attend(*step, source=source)
             dropping = self.drop_path.active
-            branch = F.linear(branch, *fold(attn.proj, fc, with_bias=not dropping))
+            folded = fold(attn.proj, fc, with_bias=not dropping)
+            run = lambda qkv, *folded: F.linear(attn.attend(qkv, *step), *folded)  # noqa: E731
+            branch = segment(light, run, attn.packed(normed, source), *folded)
             if dropping:  # rows that are dropped still receive the bias of temporal_fc
                 scale = self._locations(stream.x, frames).to(branch.dtype)[..., None]
                 branch = torch.addcmul(fc.bias.to(branch.dtype), branch, scale)
         else:
-            branch = attn(*step, source=source)
+            branch = attn(normed, *step, source=source, light=light)
             if self.drop_path.active:
                 branch = branch * self._locations(stream.x, frames).to(branch.dtype)[..., None]
             branch = fc(branch)
@@ -232,7 +238,8 @@ class DividedSTAttention(nn.Module):
                 scale[:, 0] = kept.mean(1)
                 weights = kept.float()
                 weights = weights / weights.sum(1, keepdim=True).clamp_min(1.0)
-        branch = self.attn(normed, "space", frames, mode, self.backend, weights, class_row_only, source)
+        light = self.checkpoint == "light"
+        branch = self.attn(normed, "space", frames, mode, self.backend, weights, class_row_only, source, light)
         if class_row_only:
             stream.x, scale = x[:, :1], None if scale is None else scale[:, :1]
         stream.add(branch, scale)
@@ -268,19 +275,19 @@ class JointSTAttention(nn.Module):
         self.norm1 = nn.LayerNorm(dim, layer_norm_eps)
         self.attn = Attention(dim, num_heads, qkv_bias, qk_scale, attn_drop, proj_drop)
         self.drop_path = DropPath(drop_path)
-        self.dim, self.backend = dim, backend
+        self.dim, self.backend, self.checkpoint = dim, backend, "none"
 
     def forward(self, x: Tensor, frames: int, class_row_only: bool = False) -> Tensor:
         """x: [B, 1 + N * frames, dim] -> same shape, or row 0 alone [B, 1, dim]."""
         _check(x, frames, self.dim, True)
-        stream = Stream(x)
+        stream = Stream(x, sources=self.checkpoint != "full")
         self.run(stream, frames, class_row_only)
         return stream.sum()
 
     def run(self, stream: Stream, frames: int, class_row_only: bool = False) -> None:
         """The same on a stream, which is left with the branch pending."""
         normed, source = stream.norm(self.norm1, self.backend)
-        options = dict(class_row_only=class_row_only, source=source)
+        options = dict(class_row_only=class_row_only, source=source, light=self.checkpoint == "light")
         branch = self.attn(normed, "joint", frames, "per_group", self.backend, **options)
         stream.add(branch, self.drop_path.per_clip(stream.x))
         if class_row_only:

@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The small parts of a model: patch embedding, stochastic depth, the residual sum; and who looks at a layer."""
+"""The small parts of a model: stochastic depth, the residual sum; who looks at a layer, and what serves its steps."""
 
 from __future__ import annotations
 
 import torch
 import torch.autograd.forward_ad as forward_ad
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as everywhere
 
@@ -52,7 +51,7 @@ def plain(layer: nn.Module, kind: type = nn.Linear) -> bool:
 def steps_of(x: Tensor, backend: str) -> str | None:
     """The backend of the block's fused steps beside attention on `backend`; None where plain torch code serves.
 
-    It does under torch.compile, which fuses the steps itself, and where a transform or a subclass wants plain operators.
+    It does under torch.compile, which fuses the steps itself, and where a transform or a subclass wants operators.
     """
     if (
         torch.compiler.is_compiling()
@@ -96,34 +95,3 @@ class DropPath(nn.Module):
 
     def extra_repr(self) -> str:
         return f"rate={self.rate:g}"
-
-
-class PatchEmbed(nn.Module):
-    """Patches of every frame -> tokens, by one gather into token order and one matrix product.
-
-    `proj` is the convolution of the original (kernel = stride = patch) and holds weight and bias; its arithmetic is
-    that of a matrix product over [C * P * P], which leaves nothing to permute afterwards.
-    """
-
-    def __init__(self, patch_size: tuple[int, int], in_chans: int, dim: int):
-        super().__init__()
-        self.proj = nn.Conv2d(in_chans, dim, patch_size, patch_size)
-
-    def forward(self, video: Tensor, per_frame: bool = False) -> Tensor:
-        """video [B, C, T, h*P, w*Q] -> [B, 1 + h*w*T, dim] in order b (h w t), or [B*T, 1 + h*w, dim] per frame.
-
-        Row 0 is zero, where the class token goes; the bias is not added (`proj.bias` goes with the position table).
-        """
-        (p, q), (b, c, t, height, width) = self.proj.kernel_size, video.shape
-        h, w = height // p, width // q
-        pixels = video.unflatten(4, (w, q)).unflatten(3, (h, p))  # [B, C, T, h, P, w, Q]
-        if per_frame:
-            patches = video.new_empty(b * t, 1 + h * w, c * p * q)
-            target = patches[:, 1:].unflatten(0, (b, t)).unflatten(2, (h, w)).unflatten(4, (c, p, q))
-            target.copy_(pixels.permute(0, 2, 3, 5, 1, 4, 6))
-        else:
-            patches = video.new_empty(b, 1 + h * w * t, c * p * q)
-            target = patches[:, 1:].unflatten(1, (h, w, t)).unflatten(4, (c, p, q))
-            target.copy_(pixels.permute(0, 3, 5, 2, 1, 4, 6))
-        patches[:, 0].zero_()
-        return F.linear(patches, self.proj.weight.flatten(1))

@@ -27,7 +27,8 @@ class Mlp(nn.Module):
         self.drop = drop
 
     def forward(self, x: Tensor, source: Source | None = None, backend: str = "auto") -> Tensor:
-        """source: what x can be made of anew, so that training need not keep it. backend: that of the block."""
+        """backend: that of the block. source: what x can be made of anew; with it, training keeps neither x nor
+        the activations."""
         rows = x.numel() // x.shape[-1]
         most = ROWS.get(x.device.type, rows)
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or rows <= most:
@@ -45,16 +46,16 @@ class Mlp(nn.Module):
         x = linear(self.fc2, x, source)
         return F.dropout(x, self.drop) if dropping else x
 
-    def _activate(self, x: Tensor, source: Source | None, backend: str) -> tuple[Tensor, Source]:
+    def _activate(self, x: Tensor, source: Source | None, backend: str) -> tuple[Tensor, Source | None]:
         """GELU(fc1(x)), and what it can be made of anew."""
         steps = steps_of(x, backend) if plain(self.fc1) else None
         if steps is None or self.fc1.bias is None:
             x = linear(self.fc1, x, source)
             # In place without autograd: the hidden activations are the largest tensor of an inference pass.
             out = F.gelu(x) if torch.is_grad_enabled() else torch.ops.aten.gelu_(x)
-            return out, Source(F.gelu, (x,))
+            return out, source and Source(F.gelu, (x,))
         x, bias = linear(self.fc1, x, source, with_bias=False), self.fc1.bias
-        return bias_gelu(x, bias, backend=steps), Source(_bias_gelu, (x, bias), (steps,))
+        return bias_gelu(x, bias, backend=steps), source and Source(_bias_gelu, (x, bias), (steps,))
 
 
 def _bias_gelu(x, bias, steps):

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -20,8 +22,9 @@ class Stream:
     within a block and from block to block. The stream changes in place: no frame up the stack keeps what is spent.
     """
 
-    def __init__(self, x: Tensor):
-        self.x = x
+    def __init__(self, x: Tensor, sources: bool = True):
+        """sources: whether training may make LayerNorms anew in the backward; not where it makes all anew anyway."""
+        self.x, self.sources = x, sources
         self.branch: Tensor | None = None
         self.row_scale: Tensor | None = None
         self.skip_cls = False
@@ -51,6 +54,8 @@ class Stream:
             return norm(self.sum()), None
         steps, branch, scale = steps_of(self.x, backend), self.branch, self.row_scale
         weight, bias, eps = norm.weight, norm.bias, norm.eps
+        if steps is not None and weight is None and bias is None:  # folded into the product that follows
+            weight, bias = _identity(self.x.shape[2], self.x.dtype, self.x.device)
         if steps is None or weight is None or bias is None or weight.dtype not in (self.x.dtype, torch.float32):
             normed = norm(self.sum())
         else:
@@ -60,7 +65,13 @@ class Stream:
                 skip_cls=branch is not None and self.skip_cls,
                 row_scale=None if branch is None or scale is None else scale.float(),
             )  # fmt: skip
-        return normed, Source(_norm_again, (self.x, weight, bias), (eps, steps))
+        return normed, Source(_norm_again, (self.x, weight, bias), (eps, steps)) if self.sources else None
+
+
+@lru_cache(maxsize=16)
+def _identity(width: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    with torch.inference_mode(False):
+        return torch.ones(width, dtype=dtype, device=device), torch.zeros(width, dtype=dtype, device=device)
 
 
 def _norm_again(x, weight, bias, eps, steps):
