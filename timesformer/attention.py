@@ -85,7 +85,9 @@ class Attention(nn.Module):
 
     def attend(self, qkv, scheme, frames, cls, backend, cls_weights=None) -> Tensor:
         """q, k and v, packed -> the attention output before its projection [B, S, dim], without dropout."""
-        options = dict(scheme=scheme, cls=cls, scale=self.scale, backend=backend, cls_weights=cls_weights)
+        # None where that says the same: under torch.compile(dynamic=True) an attribute would be a symbol.
+        scale = None if self.scale == self.head_dim**-0.5 else self.scale
+        options = dict(scheme=scheme, cls=cls, scale=scale, backend=backend, cls_weights=cls_weights)
         return grid_attention_qkvpacked(qkv, grid=_grid(qkv, frames, cls), **options).flatten(2)
 
     def _with_dropout(self, x, scheme, frames, cls, backend, cls_weights) -> Tensor:

@@ -372,7 +372,7 @@ class TimeSformer(nn.Module):
     def _table(self, grid: tuple[int, int], frames: int, with_time: bool) -> Tensor:
         """What is added to the patch products: [1 + N*T, dim]. Row 0 is the class token with its position, no time."""
         cls, patches = self.pos_embed[0, :1], self.pos_embed[0, 1:]
-        if grid != self.config.grid:
+        if torch.compiler.is_compiling() or grid != self.config.grid:  # one graph for all sizes: no comparison in it
             stored = patches.t().unflatten(1, self.config.grid)[None]  # [1, dim, h, w]
             patches = F.interpolate(stored, size=grid, mode="nearest")[0].flatten(1).t()
         patches = (patches + self.patch_embed.proj.bias)[:, None]  # [N, 1, dim]
@@ -382,7 +382,7 @@ class TimeSformer(nn.Module):
     def _time(self, frames: int) -> Tensor:
         """[T, dim]"""
         time = self.time_embed[0]
-        if frames == time.shape[0]:
+        if not torch.compiler.is_compiling() and frames == time.shape[0]:
             return time
         return F.interpolate(time.t()[None], size=frames, mode="nearest")[0].t()
 
