@@ -11,7 +11,9 @@ from oracle import assert_no_worse, device_of
 from torch import nn
 
 from timesformer import TimeSformer
+from timesformer import mlp as mlp_module
 from timesformer.layers import steps_of
+from timesformer.mlp import Mlp
 from timesformer.model import DividedBlock, JointBlock
 from timesformer.stream import Stream
 from timesformer_kernels import fused as steps
@@ -68,6 +70,21 @@ def test_inference_takes_the_fused_steps(counted, generator):
     with torch.no_grad():
         model.fuse()(video_on(name, generator))
     assert calls["add_layer_norm_fwd"] == 12 and calls["bias_gelu_fwd"] == 4
+
+
+def test_inference_in_parts(counted, generator, monkeypatch):
+    """Where a fused GELU needs memory of its own, the MLP runs on equal parts of the rows: the same result."""
+    name, calls = counted
+    device = device_of(name)
+    mlp, x = blocks.randomise(Mlp(32, 64), generator).to(device), torch.randn(2, 9, 32, generator=generator).to(device)
+    with torch.no_grad():
+        whole = mlp(x, backend=name)
+        assert calls["bias_gelu_fwd"] == 1
+        monkeypatch.setitem(mlp_module.ROWS, device, 8)
+        torch.testing.assert_close(mlp(x, backend=name), whole)
+    assert calls["bias_gelu_fwd"] == 1 + 3
+    mlp(x, backend=name)
+    assert calls["bias_gelu_fwd"] == 1 + 3 + 1  # with autograd everything is kept anyway
 
 
 @pytest.mark.parametrize("mode, again", [("none", (6, 2)), ("light", (6, 2)), ("full", (6, 2))])

@@ -12,9 +12,10 @@ from timesformer_kernels.fused import bias_gelu
 from .layers import plain, steps_of
 from .recompute import Source, linear
 
-# Without autograd the MLP runs on so many rows at a time: the hidden activations are its largest tensor by far, and a
-# product of so many rows loses nothing.
-ROWS = {"cpu": 512, "cuda": 16384}
+# Rows at a time, without autograd, where a fused step does not write its result over its input: hidden activations are
+# the largest tensor of an inference pass, and two of them at once would set its peak. Two parts of a clip of 8 frames
+# at 224 pixels cost 1 to 3 % of an MLP in float32 (one thread), four of them 10 %: each product packs its weights anew.
+ROWS = {"cpu": 1024, "cuda": 16384}
 
 
 class Mlp(nn.Module):
@@ -31,11 +32,11 @@ class Mlp(nn.Module):
         the activations."""
         rows = x.numel() // x.shape[-1]
         most = ROWS.get(x.device.type, rows)
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or rows <= most:
+        whole = torch.is_grad_enabled() or steps_of(x, backend) is None or rows <= most
+        if whole or not (plain(self.fc1) and plain(self.fc2)):  # whoever looks at a layer sees all rows at once
             return self._run(x, source, backend)
-        if not (plain(self.fc1) and plain(self.fc2)):
-            return self._run(x, source, backend)  # whoever looks at a layer sees all rows at once
-        out = [self._run(part, None, backend) for part in x.flatten(0, -2).split(most)]
+        size = -(-rows // -(-rows // most))  # parts of equal size
+        out = [self._run(part, None, backend) for part in x.flatten(0, -2).split(size)]
         return torch.cat(out).view(*x.shape[:-1], -1)
 
     def _run(self, x: Tensor, source: Source | None, backend: str) -> Tensor:
