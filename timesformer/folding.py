@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layers import hooked, plain
+from .layers import hooked, hooked_everywhere, plain, watched
 
 
 def fold(proj: nn.Linear, fc: nn.Linear, with_bias: bool = True) -> tuple[Tensor, Tensor]:
@@ -69,23 +69,38 @@ class Folded:
         self._make(block)
 
     def _make(self, block: nn.Module) -> None:
-        self._key, self._form = _state(block), None
+        self._parts, self._form = [_part(m) for m in block.modules()], None
         if refusal(block) is None:
             with torch.no_grad():
                 self._form = _form(block)
 
     def serving(self, block: nn.Module) -> nn.Module:
         """The folded form where it serves now, else the block itself."""
-        if torch.is_grad_enabled() or block.training or torch.compiler.is_compiling() or hooked(block):
+        if torch.is_grad_enabled() or block.training or torch.compiler.is_compiling() or hooked_everywhere():
             return block
-        if self._key != _state(block):
+        if any(_changed(*part) for part in self._parts):
             self._make(block)
-        return block if self._form is None else self._form
+        if self._form is None or any(watched(m) for m, *_ in self._parts):
+            return block
+        return self._form
 
 
-def _state(block: nn.Module) -> list[tuple]:
-    """Equal as long as the block has the same parameters with the same values."""
-    return [(id(p), p.data_ptr(), 0 if p.is_inference() else p._version) for p in block.parameters()]
+def _part(m: nn.Module) -> tuple:
+    """What tells whether a module and its parameters are the same as now."""
+    held = [(name, p, p.data_ptr(), version_of(p)) for name, p in m._parameters.items() if p is not None]
+    return m, dict(m._modules), held
+
+
+def _changed(m: nn.Module, children: dict, held: list) -> bool:
+    return m._modules != children or any(
+        m._parameters.get(name) is not p or p.data_ptr() != address or version_of(p) != version
+        for name, p, address, version in held
+    )
+
+
+def version_of(p: Tensor) -> int:
+    """A number that grows with every change in place; a tensor made in inference mode does not count."""
+    return 0 if p.is_inference() else p._version
 
 
 def _form(block: nn.Module) -> nn.Module:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from .folding import version_of
 from .layers import hooked
 from .model import TimeSformer
 
@@ -62,7 +63,7 @@ class Session:
         if graphs and hooked(model):
             raise ValueError("model: got one with hooks, which a CUDA graph would not call; remove them first")
 
-        self._watched = [(p, _version(p)) for p in model.parameters()]
+        self._watched = [(p, version_of(p)) for p in model.parameters()]
         if {self.dtype, self.compute_dtype} == {weight.dtype}:
             self._model = copy.copy(model)  # the same parameters, unfused: what is folded is the session's own
         else:
@@ -94,7 +95,7 @@ class Session:
                 f"video: got shape {tuple(video.shape)}, {video.dtype} on {video.device}, this session holds "
                 f"{', '.join(map(str, self.shapes))}, {self.dtype} on {self.device}"
             )
-        if any(_version(p) != version for p, version in self._watched):
+        if any(version_of(p) != version for p, version in self._watched):
             raise RuntimeError("model: its weights have changed since this session was made; make a new one")
         graph = self._graphs.get(tuple(video.shape))
         return self._run(video) if graph is None else graph(video)
@@ -120,11 +121,6 @@ class _Graph:
         self.video.copy_(video)
         self.graph.replay()
         return self.logits.clone()
-
-
-def _version(p: Tensor) -> int:
-    """A number that grows with every change in place; one made in inference mode does not count."""
-    return 0 if p.is_inference() else p._version
 
 
 def _shape(shape) -> tuple[int, ...]:

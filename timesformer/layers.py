@@ -28,7 +28,8 @@ def residual(x: Tensor, branch: Tensor, scale: Tensor | None = None) -> Tensor:
     return branch.add_(x)
 
 
-def _watched(m: nn.Module) -> bool:
+def watched(m: nn.Module) -> bool:
+    """True when a hook looks at this very module."""
     return bool(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks)
 
 
@@ -39,13 +40,13 @@ def hooked_everywhere() -> bool:
 
 def hooked(module: nn.Module) -> bool:
     """True when a hook may look at what `module` or a part of it takes and gives, or at the gradients of that."""
-    return hooked_everywhere() or any(_watched(m) for m in module.modules())
+    return hooked_everywhere() or any(watched(m) for m in module.modules())
 
 
 def plain(layer: nn.Module, kind: type = nn.Linear) -> bool:
     """True where the layer's parameters say all: of that very class (no adapter, not parametrised, not quantised), with
     its own forward, and without hooks."""
-    return type(layer) is kind and "forward" not in layer.__dict__ and not _watched(layer) and not hooked_everywhere()
+    return type(layer) is kind and "forward" not in layer.__dict__ and not watched(layer) and not hooked_everywhere()
 
 
 def steps_of(x: Tensor, backend: str) -> str | None:
