@@ -20,6 +20,7 @@ from pathlib import Path
 
 from mutants import MUTANTS
 from mutants_cuda import MUTANTS as CUDA
+from mutants_model import MUTANTS as MODEL
 from mutants_triton import MUTANTS as TRITON
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -116,7 +117,7 @@ def main():
     parser.add_argument("--list", action="store_true", help="print the mutants and check their patterns, run nothing")
     parser.add_argument("--isa", default="baseline", choices=FLAGS, help="instruction set to compile for")
     options = parser.parse_args()
-    mutants = [m for m in (*MUTANTS, *TRITON, *CUDA) if options.only in m.name or options.only in m.file]
+    mutants = [m for m in (*MUTANTS, *MODEL, *TRITON, *CUDA) if options.only in m.name or options.only in m.file]
     stale = check_patterns(mutants)
     if options.list:
         print("\n".join(f"{m.file:45} {m.name}" for m in mutants))
