@@ -15,14 +15,12 @@ OPS = ("tests/test_ops.py",)
 PACKED = ("tests/test_packed.py",)
 GRID = ("tests/test_grid.py",)
 BAD_INPUT = ("tests/test_bad_input.py",)
-BLOCK = ("tests/test_divided_attention.py",)
 
 CALL, FWD, BWD, SHORT = (f"csrc/cpu/{name}.h" for name in ("call", "forward", "backward", "short"))
 GEMM, SIMD, DISPATCH = "csrc/cpu/gemm.h", "csrc/cpu/simd.h", "csrc/cpu/dispatch.cpp"
 PACKAGE = "kernels/timesformer_kernels"
 GRID_PY, OPS_PY, REGISTRY_PY = (f"{PACKAGE}/{name}.py" for name in ("grid", "ops", "registry"))
 NATIVE_PY, CPP_PY = f"{PACKAGE}/native.py", f"{PACKAGE}/backends/cpp.py"
-MODULE_PY = "timesformer/attention.py"
 
 
 class Mutant(NamedTuple):
@@ -306,22 +304,5 @@ MUTANTS = [
         "        if torch.is_grad_enabled():\n            dqkv",
         "        if True:\n            dqkv",
         PACKED,
-    ),
-    # Python: the module
-    Mutant("time residual reaches the class row", MODULE_PY, "branch[:, 0].zero_()", "pass", BLOCK),
-    Mutant(
-        "space attention where time should be",
-        MODULE_PY,
-        'self.temporal_norm1(x), "time"',
-        'self.temporal_norm1(x), "space"',
-        BLOCK,
-    ),
-    Mutant("class row takes part in time attention", MODULE_PY, 'mode = "exclude" if', 'mode = "key" if', BLOCK),
-    Mutant(
-        "drop path per frame without weights",
-        MODULE_PY,
-        "frames, mode, self.backend, weights, class_row_only)",
-        "frames, mode, self.backend, None, class_row_only)",
-        BLOCK,
     ),
 ]

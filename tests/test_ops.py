@@ -402,6 +402,15 @@ def test_flop_counter_sees_the_op(fused):
     assert mode.get_total_flops() == 2 * 2 * 4 * 7 * 7 * 8 * 4
 
 
+def test_flop_counter_counts_the_backward(fused):
+    case = Case("time", (2, 3, 4), "none")
+    q, k, v = (x.requires_grad_() for x in case.qkv(fused, 2, 2, 8))
+    with FlopCounterMode(display=False) as mode:
+        run(case, fused)(q, k, v).sum().backward()
+    # 6 groups of 4 tokens; two products in the forward, five in the backward
+    assert mode.get_total_flops() == 7 * 2 * 8 * 6 * 4 * 4 * 2 * 2
+
+
 def test_inference_mode(backend):
     q, k, v = CASES[0].qkv(backend, 2, 2, 8)
     expected = run(CASES[0], backend)(q, k, v)

@@ -16,7 +16,10 @@ from timesformer_kernels import grid_attention_qkvpacked
 from timesformer_kernels.backends import reference
 from timesformer_kernels.grid import view
 
-from .layers import DropPath, hooked, residual
+from .folding import fold
+from .layers import DropPath, hooked, plain
+from .recompute import Source, linear, segment
+from .stream import Stream
 
 
 class Attention(nn.Module):
@@ -56,26 +59,36 @@ class Attention(nn.Module):
         backend: str,
         cls_weights: Tensor | None = None,
         class_row_only: bool = False,
+        source: Source | None = None,
+        light: bool = False,
     ) -> Tensor:
-        """x [B, S, dim], normalised -> the projected attention output [B, S, dim], or its row 0 alone [B, 1, dim]."""
+        """x [B, S, dim], normalised -> the projected attention output [B, S, dim], or its row 0 alone [B, 1, dim].
+
+        source: what x can be made of anew, so that training need not keep it. light: training keeps q, k and v, and
+        makes the attention output anew.
+        """
         rows = 1 if class_row_only else x.shape[1]
         if self.drops:
             return self._with_dropout(x, scheme, frames, cls, backend, cls_weights)[:, :rows]
-        return self.proj(self.attend(x, scheme, frames, cls, backend, cls_weights)[:, :rows])
+        step = scheme, frames, cls, backend, cls_weights
+        qkv = self.packed(x, source)
+        return segment(light, lambda qkv: self.proj(self.attend(qkv, *step)[:, :rows]), qkv)
 
     @property
     def drops(self) -> bool:
         """True where dropout acts now."""
         return self.training and (self.attn_drop > 0 or self.proj_drop > 0)
 
-    def _packed(self, x: Tensor) -> Tensor:
+    def packed(self, x: Tensor, source: Source | None = None) -> Tensor:
         """x [B, S, dim] -> q, k and v [B, S, 3, heads, head_dim], a view of one product."""
-        return self.qkv(x).unflatten(2, (3, self.num_heads, self.head_dim))
+        return linear(self.qkv, x, source).unflatten(2, (3, self.num_heads, self.head_dim))
 
-    def attend(self, x, scheme, frames, cls, backend, cls_weights=None) -> Tensor:
-        """x [B, S, dim], normalised -> the attention output before its projection [B, S, dim], without dropout."""
-        options = dict(scheme=scheme, cls=cls, scale=self.scale, backend=backend, cls_weights=cls_weights)
-        return grid_attention_qkvpacked(self._packed(x), grid=_grid(x, frames, cls), **options).flatten(2)
+    def attend(self, qkv, scheme, frames, cls, backend, cls_weights=None) -> Tensor:
+        """q, k and v, packed -> the attention output before its projection [B, S, dim], without dropout."""
+        # None where that says the same: under torch.compile(dynamic=True) an attribute would be a symbol.
+        scale = None if self.scale == self.head_dim**-0.5 else self.scale
+        options = dict(scheme=scheme, cls=cls, scale=scale, backend=backend, cls_weights=cls_weights)
+        return grid_attention_qkvpacked(qkv, grid=_grid(qkv, frames, cls), **options).flatten(2)
 
     def _with_dropout(self, x, scheme, frames, cls, backend, cls_weights) -> Tensor:
         """Training with dropout needs the probabilities, and each group's own class row: the reference has them."""
@@ -88,7 +101,7 @@ class Attention(nn.Module):
         shown = view(scheme, _grid(x, frames, cls), cls, "space_major")
         per_group = cls == "per_group"
         out = reference.attend(
-            *self._packed(x).unbind(2), shown, self.scale, dropout_p=self.attn_drop, average_cls=not per_group
+            *self.packed(x).unbind(2), shown, self.scale, dropout_p=self.attn_drop, average_cls=not per_group
         )
         if not per_group:
             return F.dropout(self.proj(out.flatten(2)), self.proj_drop)
@@ -155,7 +168,7 @@ class DividedSTAttention(nn.Module):
         self.norm1 = nn.LayerNorm(dim, layer_norm_eps)
         self.attn = Attention(*attention)
         self.drop_path = DropPath(drop_path)
-        self.dim, self.class_token, self.backend = dim, class_token, backend
+        self.dim, self.class_token, self.backend, self.checkpoint = dim, class_token, backend, "none"
         nn.init.zeros_(self.temporal_fc.weight)
         nn.init.zeros_(self.temporal_fc.bias)
 
@@ -166,63 +179,79 @@ class DividedSTAttention(nn.Module):
         Raises ValueError where S does not fit `frames`, or dim the module's.
         """
         _check(x, frames, self.dim, self.class_token)
-        return self._add_space(self._add_time(x, frames), frames, class_row_only)
+        stream = Stream(x, sources=self.checkpoint != "full")
+        self.run(stream, frames, class_row_only)
+        return stream.sum()
 
-    def _add_time(self, x: Tensor, frames: int) -> Tensor:
+    def run(self, stream: Stream, frames: int, class_row_only: bool = False) -> None:
+        """The same on a stream, which is left with the last branch pending."""
+        self._time(stream, frames)
+        self._space(stream, frames, class_row_only)
+
+    def _time(self, stream: Stream, frames: int) -> None:
         mode = "exclude" if self.class_token else "none"
-        step = self.temporal_norm1(x), "time", frames, mode, self.backend
-        if self._folds(x):
-            branch = self._folded(self.temporal_attn.attend(*step))
+        attn, fc = self.temporal_attn, self.temporal_fc
+        light = self.checkpoint == "light"
+        normed, source = stream.norm(self.temporal_norm1, self.backend)
+        step = "time", frames, mode, self.backend
+        if self._folds(normed):
+            dropping = self.drop_path.active
+            folded = fold(attn.proj, fc, with_bias=not dropping)
+            run = lambda qkv, *folded: F.linear(attn.attend(qkv, *step), *folded)  # noqa: E731
+            branch = segment(light, run, attn.packed(normed, source), *folded)
+            if dropping:  # rows that are dropped still receive the bias of temporal_fc
+                scale = self._locations(stream.x, frames).to(branch.dtype)[..., None]
+                branch = torch.addcmul(fc.bias.to(branch.dtype), branch, scale)
         else:
-            branch = self.temporal_attn(*step)
+            branch = attn(normed, *step, source=source, light=light)
             if self.drop_path.active:
-                locations = _grid(x, frames, mode)[0]
-                branch = branch * self._per_token(self.drop_path.draw(x.shape[0], locations, 1, like=branch), x, frames)
-            branch = self.temporal_fc(branch)
-        if self.class_token:
-            branch[:, 0].zero_()  # the biases of proj and temporal_fc must not reach the class row
-        return residual(x, branch)
+                branch = branch * self._locations(stream.x, frames).to(branch.dtype)[..., None]
+            branch = fc(branch)
+        # The biases of proj and temporal_fc must not reach the class row.
+        stream.add(branch, skip_cls=self.class_token)
 
     def _folds(self, x: Tensor) -> bool:
-        """True where proj and temporal_fc may be one product: nothing between them, no gradient, and more rows than the
-        product of the two matrices costs."""
-        layers = self.temporal_attn.proj, self.temporal_fc
+        """True where proj and temporal_fc are applied as one product: nobody looks at or has replaced either, nothing
+        but stochastic depth comes between them, and x [B, S, dim] has more rows than the product of the matrices."""
+        attn, proj, fc = self.temporal_attn, self.temporal_attn.proj, self.temporal_fc
         return (
-            not torch.is_grad_enabled()
-            and not (self.drop_path.active or self.temporal_attn.drops)
-            and x.shape[0] * x.shape[1] > self.dim
-            and all(type(layer) is nn.Linear for layer in layers)  # not a quantised or parametrised one
-            and not any(hooked(layer) for layer in (self.temporal_attn, self.temporal_fc))
+            x.shape[0] * x.shape[1] > self.dim
+            and not attn.drops
+            and plain(attn, Attention)
+            and not hooked(attn)
+            and all(plain(layer) and layer.bias is not None for layer in (proj, fc))
         )
 
-    def _folded(self, attended: Tensor) -> Tensor:
-        """temporal_fc(proj(attended)): W = W_fc W_proj, b = W_fc b_proj + b_fc."""
-        proj, fc = self.temporal_attn.proj, self.temporal_fc
-        return F.linear(attended, fc.weight @ proj.weight, F.linear(proj.bias, fc.weight, fc.bias))
+    def _locations(self, x: Tensor, frames: int) -> Tensor:
+        """The factors of stochastic depth in time, one per location: [B, S]."""
+        locations = (x.shape[1] - self.class_token) // frames
+        return self._per_token(self.drop_path.draw(x.shape[0], locations, 1, like=x), x, frames)
 
-    def _add_space(self, x: Tensor, frames: int, class_row_only: bool) -> Tensor:
+    def _space(self, stream: Stream, frames: int, class_row_only: bool) -> None:
         mode = "per_group" if self.class_token else "none"
-        scale = weights = None
+        normed, source = stream.norm(self.norm1, self.backend)
+        x, scale, weights = stream.x, None, None
         if self.drop_path.active:
             kept = self.drop_path.draw(x.shape[0], frames, like=x)  # [B, T], 0 or 1 / keep
             scale = self._per_token(kept[:, None], x, frames)
             if self.class_token:
                 # The sum over frames of kept / T * (proj(o) + bias) is the mean of `kept` times the projection of a
                 # convex combination. A clip that lost every frame has weights and scale 0; any other sum is above 1.
-                scale[:, 0, 0] = kept.mean(1)
+                scale[:, 0] = kept.mean(1)
                 weights = kept.float()
                 weights = weights / weights.sum(1, keepdim=True).clamp_min(1.0)
-        branch = self.attn(self.norm1(x), "space", frames, mode, self.backend, weights, class_row_only)
+        light = self.checkpoint == "light"
+        branch = self.attn(normed, "space", frames, mode, self.backend, weights, class_row_only, source, light)
         if class_row_only:
-            x, scale = x[:, :1], None if scale is None else scale[:, :1]
-        return residual(x, branch, scale)
+            stream.x, scale = x[:, :1], None if scale is None else scale[:, :1]
+        stream.add(branch, scale)
 
     def _per_token(self, rows: Tensor, x: Tensor, frames: int) -> Tensor:
-        """rows [B, N, 1] or [B, 1, T] -> [B, S, 1]: the factor of every token, 1 for the class row."""
+        """rows [B, N, 1] or [B, 1, T] -> [B, S]: the factor of every token, 1 for the class row."""
         scale = rows.new_ones(x.shape[0], x.shape[1])
         first = int(self.class_token)
         scale[:, first:].unflatten(1, ((x.shape[1] - first) // frames, frames)).copy_(rows)
-        return scale[..., None]
+        return scale
 
 
 class JointSTAttention(nn.Module):
@@ -248,14 +277,20 @@ class JointSTAttention(nn.Module):
         self.norm1 = nn.LayerNorm(dim, layer_norm_eps)
         self.attn = Attention(dim, num_heads, qkv_bias, qk_scale, attn_drop, proj_drop)
         self.drop_path = DropPath(drop_path)
-        self.dim, self.backend = dim, backend
+        self.dim, self.backend, self.checkpoint = dim, backend, "none"
 
     def forward(self, x: Tensor, frames: int, class_row_only: bool = False) -> Tensor:
         """x: [B, 1 + N * frames, dim] -> same shape, or row 0 alone [B, 1, dim]."""
         _check(x, frames, self.dim, True)
-        branch = self.attn(self.norm1(x), "joint", frames, "per_group", self.backend, class_row_only=class_row_only)
-        return residual(
-            x[:, :1] if class_row_only else x,
-            branch,
-            self.drop_path.draw(x.shape[0], 1, 1, like=x) if self.drop_path.active else None,
-        )
+        stream = Stream(x, sources=self.checkpoint != "full")
+        self.run(stream, frames, class_row_only)
+        return stream.sum()
+
+    def run(self, stream: Stream, frames: int, class_row_only: bool = False) -> None:
+        """The same on a stream, which is left with the branch pending."""
+        normed, source = stream.norm(self.norm1, self.backend)
+        options = dict(class_row_only=class_row_only, source=source, light=self.checkpoint == "light")
+        branch = self.attn(normed, "joint", frames, "per_group", self.backend, **options)
+        stream.add(branch, self.drop_path.per_clip(stream.x))
+        if class_row_only:
+            stream.x = stream.x[:, :1]

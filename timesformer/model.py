@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -16,12 +17,19 @@ from torch import Tensor, nn
 
 from timesformer_kernels.registry import get as get_backend
 
-from . import weights
+from . import folding, weights
 from .attention import DividedSTAttention, JointSTAttention
 from .config import TimeSformerConfig
-from .layers import Mlp, PatchEmbed, hooked, pair, residual
+from .layers import hooked, pair, plain, residual
+from .mlp import Mlp
+from .patches import PatchEmbed
+from .recompute import segment
+from .stream import Stream
 
 __all__ = ["DividedBlock", "JointBlock", "TimeSformer", "TimeSformerConfig"]
+
+
+CHECKPOINTS = ("none", "light", "full")
 
 
 class _MlpHalf(nn.Module):
@@ -32,10 +40,30 @@ class _MlpHalf(nn.Module):
         self.norm2 = nn.LayerNorm(dim, layer_norm_eps)
         self.mlp = Mlp(dim, hidden, drop)
 
-    def forward(self, x: Tensor, frames: int, class_row_only: bool = False) -> Tensor:
-        x = super().forward(x, frames, class_row_only)
-        scale = self.drop_path.draw(x.shape[0], 1, 1, like=x) if self.drop_path.active else None
-        return residual(x, self.mlp(self.norm2(x)), scale)
+    def run(self, stream: Stream, frames: int, class_row_only: bool = False) -> None:
+        super().run(stream, frames, class_row_only)
+        if self.checkpoint == "light" and torch.is_grad_enabled():
+            scale, random = self.drop_path.per_clip(stream.x), self.training and self.mlp.drop > 0
+            branch = segment(True, self._mlp_of, stream.sum(), random=random)
+        else:
+            normed, source = stream.norm(self.norm2, self.backend)
+            scale = self.drop_path.per_clip(stream.x)
+            branch = self.mlp(normed, source, self.backend)
+        stream.add(branch, scale)
+
+    def _mlp_of(self, x: Tensor) -> Tensor:
+        # Without a source: what this keeps lives for one backward, and fc2 itself need not run again.
+        return self.mlp(Stream(x).norm(self.norm2, self.backend)[0], None, self.backend)
+
+
+def mergeable(block: nn.Module) -> bool:
+    """True where nobody but the next block asks what the block gives: no wrapper, its own forward, no hooks."""
+    return (
+        plain(block, type(block))
+        and isinstance(block, _MlpHalf)
+        and type(block).forward in (DividedSTAttention.forward, JointSTAttention.forward)
+        and block._compiled_call_impl is None
+    )
 
 
 class DividedBlock(_MlpHalf, DividedSTAttention):
@@ -63,6 +91,8 @@ class TimeSformer(nn.Module):
     The logits need nothing but the class row of the last block, so that block projects and passes through its MLP that
     row alone and returns [B, 1, dim]; not when a forward hook in it would see the difference.
 
+    checkpoint: "none", "light" or "full", what training keeps in memory; see `set_checkpoint`.
+
     With drop_rate or attn_drop_rate above 0, training runs on the reference backend (see `DividedSTAttention`).
     """
 
@@ -87,10 +117,12 @@ class TimeSformer(nn.Module):
         drop_path_rate: float = 0.1,
         layer_norm_eps: float = 1e-6,
         backend: str = "auto",
+        checkpoint: str = "none",
         id2label: dict[int, str] | None = None,
         preset: str | None = None,
     ):
         super().__init__()
+        self._folded: list[folding.Folded] | None = None
         self.config = config = TimeSformerConfig(
             img_size, patch_size, in_chans, num_classes, num_frames, attention_type, embed_dim, depth, num_heads,
             mlp_ratio, qkv_bias, qk_scale, drop_rate, attn_drop_rate, drop_path_rate, layer_norm_eps, id2label, preset,
@@ -120,6 +152,7 @@ class TimeSformer(nn.Module):
         self.head = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
         self._init_weights()
         self.set_backend(backend)
+        self.set_checkpoint(checkpoint)
         if pretrained_model:
             self._load_at_construction(weights.read_checkpoint(pretrained_model))
 
@@ -216,6 +249,50 @@ class TimeSformer(nn.Module):
         for block in self.blocks:
             block.backend = backend
 
+    def set_checkpoint(self, mode: str) -> None:
+        """What training keeps of a divided block for the backward, in tensors [B, S, dim], and what it computes twice:
+
+        "none": 15; LayerNorms and GELU. "light": 9; attention (without its products), LayerNorms, fc1 and GELU.
+        "full": 1; the whole block. Values and gradients are the same. Raises ValueError for another mode.
+        """
+        if mode not in CHECKPOINTS:
+            raise ValueError(f"checkpoint: got {mode!r}, expected one of {', '.join(CHECKPOINTS)}")
+        for block in self.blocks.modules():  # blocks that something wraps included
+            if isinstance(block, _MlpHalf):
+                block.checkpoint = mode
+
+    def fuse(self) -> TimeSformer:
+        """Keep, for inference without gradients, the products of each block that are one in real arithmetic: `proj`
+        with `temporal_fc`, and each LayerNorm's scale and shift with the product that follows. Returns the model.
+
+        The parameters stay as they are (the products take 11 / 19 of a divided block's weights again): state_dict,
+        saved files and copies are those of the unfused model, training and autograd never use the products, and a
+        parameter that changes makes them anew. Without this call `proj` and `temporal_fc` are still applied as one
+        wherever that pays. Raises RuntimeError that names the module which cannot be folded and why, and leaves the
+        model as it is.
+        """
+        for i, block in enumerate(self.blocks):
+            if not mergeable(block):
+                reason = f"got {type(block).__name__} with hooks or another forward, expected a block of this package"
+                raise RuntimeError(f"fuse: blocks.{i}: {reason}")
+            if reason := folding.refusal(block):
+                raise RuntimeError(f"fuse: blocks.{i}.{reason}")
+        self._folded = [folding.Folded(block) for block in self.blocks]
+        return self
+
+    def unfuse(self) -> TimeSformer:
+        """Drop what `fuse` keeps. Returns the model."""
+        self._folded = None
+        return self
+
+    @property
+    def fused(self) -> bool:
+        """True between `fuse` and `unfuse`."""
+        return self._folded is not None
+
+    def __getstate__(self):
+        return {**self.__dict__, "_folded": None}  # copies and files are unfused
+
     def reset_classifier(self, num_classes: int) -> None:
         """Start a new head; 0 removes it. The names of the classes go with the old one."""
         self.config = replace(self.config, num_classes=num_classes, id2label=None)
@@ -241,14 +318,24 @@ class TimeSformer(nn.Module):
         self._check(video)
         batch, frames = video.shape[0], video.shape[2]
         space_only = self.config.attention_type == "space_only"
-        x = self._embed(video)
-        for block in self.blocks:
-            class_row_only = block is self.blocks[-1] and not hooked(block)
-            x = block(x, 1 if space_only else frames, class_row_only)
-        x = x[:, 0]
+        x = self._through_blocks(Stream(self._embed(video)), 1 if space_only else frames)[:, 0]
         if space_only:  # features are averaged over frames, before the LayerNorm
             x = x.unflatten(0, (batch, frames)).mean(1)
         return self.norm(x)
+
+    def _through_blocks(self, stream: Stream, frames: int) -> Tensor:
+        """The sum after the last block, [B, S, dim], or its class row alone [B, 1, dim]."""
+        for i, block in enumerate(self.blocks):
+            class_row_only = block is self.blocks[-1] and not hooked(block)
+            if getattr(block, "checkpoint", None) == "full" and torch.is_grad_enabled():
+                run = partial(block, frames=frames, class_row_only=class_row_only)
+                stream = Stream(segment(True, run, stream.sum(), random=True))
+            elif mergeable(block):  # its last sum merges with the first LayerNorm of the next block
+                serving = block if self._folded is None else self._folded[i].serving(block)
+                serving.run(stream, frames, class_row_only)
+            else:
+                stream = Stream(block(stream.sum(), frames, class_row_only))
+        return stream.sum()
 
     def _check(self, video: Tensor) -> None:
         if not isinstance(video, Tensor):
@@ -285,7 +372,7 @@ class TimeSformer(nn.Module):
     def _table(self, grid: tuple[int, int], frames: int, with_time: bool) -> Tensor:
         """What is added to the patch products: [1 + N*T, dim]. Row 0 is the class token with its position, no time."""
         cls, patches = self.pos_embed[0, :1], self.pos_embed[0, 1:]
-        if grid != self.config.grid:
+        if torch.compiler.is_compiling() or grid != self.config.grid:  # one graph for all sizes: no comparison in it
             stored = patches.t().unflatten(1, self.config.grid)[None]  # [1, dim, h, w]
             patches = F.interpolate(stored, size=grid, mode="nearest")[0].flatten(1).t()
         patches = (patches + self.patch_embed.proj.bias)[:, None]  # [N, 1, dim]
@@ -295,7 +382,7 @@ class TimeSformer(nn.Module):
     def _time(self, frames: int) -> Tensor:
         """[T, dim]"""
         time = self.time_embed[0]
-        if frames == time.shape[0]:
+        if not torch.compiler.is_compiling() and frames == time.shape[0]:
             return time
         return F.interpolate(time.t()[None], size=frames, mode="nearest")[0].t()
 

@@ -23,6 +23,6 @@ def forward_flops(q, k, v, groups, sequence, cls, *_, out_shape=None, **__) -> i
 
 
 @register_flop_formula(torch.ops.timesformer_kernels.attn_bwd)
-def backward_flops(dout, q, k, v, out, stats, *args, **kwargs) -> int:
+def backward_flops(dout, q, k, v, out, stats, *args, out_shape=None, **kwargs) -> int:
     """Five products against two: the scores once more, dP, dV, dQ and dK."""
     return forward_flops(q, k, v, *args, **kwargs) * 5 // 2

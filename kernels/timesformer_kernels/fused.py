@@ -76,6 +76,13 @@ def resolve(name: str, device_type: str, dtype: torch.dtype, width: int) -> tupl
     return name, _LOADERS[name]()
 
 
+def beside(name: str, device_type: str, dtype: torch.dtype, width: int) -> str:
+    """The backend of the steps beside attention on `name`: that one where it has them, else what `auto` takes."""
+    if name in _LOADERS and why_not(name, device_type, dtype, width) is None:
+        return name
+    return resolve("auto", device_type, dtype, width)[0]
+
+
 def _check_backend(backend) -> None:
     if backend != "auto" and backend not in _LOADERS:
         raise ValueError(f"backend: got {backend!r}, expected one of auto, {', '.join(_LOADERS)}")

@@ -109,6 +109,9 @@ class ModuleProblem(Problem):
     def set_backend(self, module: nn.Module, name: str) -> None:
         module.backend = name
 
+    def prepare(self, module: nn.Module) -> None:
+        """What a user would do to ours before a run, once."""
+
     def products(self) -> list[tuple[Tensor, int]]:
         """(weight [outputs, inputs], rows) of every product but those of attention."""
         rows = self.shape.batch * self.shape.tokens
@@ -158,6 +161,7 @@ class ModuleProblem(Problem):
         """Ours around the same parameters, set to a backend for good."""
         module = copy.deepcopy(self.module, {id(p): p for p in self.module.parameters()})
         self.set_backend(module, backend)
+        self.prepare(module)
         return lambda x: self.apply(module, x)
 
     def timed(self, row, direction):
