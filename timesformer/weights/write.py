@@ -5,16 +5,14 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..files import whole
 from .config import check_config, to_huggingface
 from .names import check_format, from_native, strip_prefixes
 from .read import OWN_FORMAT, OWN_KEY, SAFETENSORS_SUFFIX, TORCH_SUFFIXES, read_checkpoint
@@ -22,42 +20,13 @@ from .read import OWN_FORMAT, OWN_KEY, SAFETENSORS_SUFFIX, TORCH_SUFFIXES, read_
 FOLDER_FORMATS = ("timesformer", "huggingface")
 
 
-@contextmanager
-def _whole(target: Path, *, folder: bool = False) -> Iterator[Path]:
-    """Give a temporary sibling of `target` to write to; move it into place at the end, delete it after any failure."""
-    if not target.parent.is_dir():
-        raise FileNotFoundError(f"cannot write {target}: there is no folder {target.parent}")
-    if target.is_dir() != folder and target.exists():
-        kind = "a file" if folder else "a folder"
-        raise FileExistsError(f"cannot write {target}: it exists and is {kind}")
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(6)}.tmp")
-    try:
-        if folder:
-            temporary.mkdir()
-        yield temporary
-        for path in sorted(temporary.iterdir()) if folder else [temporary]:
-            with open(path, "rb+") as file:
-                os.fsync(file.fileno())  # a name must not become visible before its content is on disk
-        if folder and target.exists():
-            # The weights first: an interruption between the two leaves a mismatch that reading detects and reports.
-            for path in sorted(temporary.iterdir(), key=lambda path: path.name == "config.json"):
-                os.replace(path, target / path.name)
-        else:
-            os.replace(temporary, target)
-    finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary)
-        else:
-            temporary.unlink(missing_ok=True)
-
-
 def _storable(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Contiguous CPU tensors that own exactly their storage; a view would drag its whole storage into the file."""
     stored = {}
     for key, value in state_dict.items():
         value = value.detach().cpu().contiguous()
-        whole = value.untyped_storage().nbytes() == value.numel() * value.element_size()
-        stored[key] = value if whole else value.clone()
+        alone = value.untyped_storage().nbytes() == value.numel() * value.element_size()
+        stored[key] = value if alone else value.clone()
     return stored
 
 
@@ -120,7 +89,7 @@ def _write_folder(
     text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
     tensors = from_native(state_dict, fmt)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with _whole(folder, folder=True) as temporary:
+    with whole(folder, folder=True) as temporary:
         _save_safetensors(tensors, temporary / "model.safetensors", {})
         (temporary / "config.json").write_text(text, encoding="utf-8")
 
@@ -136,7 +105,7 @@ def _write_file(
     check_config(state_dict, config, "the state dict")
     record = json.dumps(_record(config, fmt, license), ensure_ascii=False)
     tensors = from_native(state_dict, fmt)
-    with _whole(path) as temporary:
+    with whole(path) as temporary:
         if path.suffix == SAFETENSORS_SUFFIX:
             _save_safetensors(tensors, temporary, {OWN_KEY: record})
         else:
