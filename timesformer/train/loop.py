@@ -96,6 +96,8 @@ class Trainer:
         weights, state = self.processes.get_state(self.model, self.optimiser)
         if not self.processes.first:
             return
+        if not all(value.isfinite().all() for value in weights.values()):
+            raise RuntimeError(f"step {self.step}: the weights are no longer finite and are not saved. A lower --lr?")
         checkpoint.save(
             self.path,
             {
