@@ -23,6 +23,7 @@ class Processes:
     world: int = 1
     mode: str | None = None
     device: str = "cpu"
+    joined: bool = False  # here, and to be left by `stop`; False where the caller had done so before
 
     @classmethod
     def start(cls, mode: str, device: str) -> Processes:
@@ -37,11 +38,13 @@ class Processes:
         if device == "cuda":
             device = f"cuda:{os.environ['LOCAL_RANK']}"
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
-        return cls(dist.get_rank(), dist.get_world_size(), mode, device)
+        joined = not dist.is_initialized()
+        if joined:
+            dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+        return cls(dist.get_rank(), dist.get_world_size(), mode, device, joined)
 
     def stop(self) -> None:
-        if self.mode:
+        if self.joined:
             dist.destroy_process_group()
 
     @property
