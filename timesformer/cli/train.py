@@ -72,6 +72,13 @@ def add(commands) -> None:
     parser.add_argument(
         "--clips", type=positive, default=3200, metavar="N", help="drawn clips of an epoch (default: 3200)"
     )
+    parser.add_argument(
+        "--table-std",
+        type=float,
+        default=1.0,
+        metavar="S",
+        help="of the tables of a --task model (default: 1)",
+    )
     parser.add_argument("--save-every", type=positive, metavar="STEPS", help="checkpoints (default: every epoch)")
     parser.add_argument(
         "--log-every", type=positive, default=10, metavar="STEPS", help="lines of metrics (default: 10)"
@@ -107,6 +114,8 @@ def _usage(args) -> None:
         args.error(f"--config: describes an {UNTRAINED} model; a trained one brings its own")
     if args.task and args.model not in (None, UNTRAINED):
         args.error(f"--task: trains an {UNTRAINED} model, --model {args.model} has no place there")
+    if not 0 <= args.table_std < float("inf"):
+        args.error(f"--table-std: got {args.table_std}, expected at least 0")
     if args.workers is None:
         args.workers = 0 if args.task else 2
     check_backend(args)
@@ -152,7 +161,7 @@ def _untrained(args, preset, classes: tuple[str, ...], recipe):
         torch.manual_seed(recipe.seed)
         model = TimeSformer.from_config(TimeSformerConfig.from_dict(sizes), backend=args.backend)
         if args.task:
-            initialise(model)
+            initialise(model, args.table_std)
     return model
 
 

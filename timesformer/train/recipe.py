@@ -100,6 +100,6 @@ SPARED = ("pos_embed", "cls_token", "time_embed")  # tables of vectors, which we
 
 # What the miniature tasks of `timesformer.train.tasks` take.
 MINIATURE = Recipe(
-    batch_size=32, micro_batch=32, epochs=15, optimiser="adamw", lr=2e-3, weight_decay=0.01, decay_all=False,
+    batch_size=32, micro_batch=32, epochs=10, optimiser="adamw", lr=2e-3, weight_decay=0.01, decay_all=False,
     schedule="cosine", warmup=50, clip_grad=1.0,
 )  # fmt: skip

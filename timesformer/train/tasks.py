@@ -132,8 +132,9 @@ def draw(scene: Scene, frames: int, size: int, *, noise: float = 0.0, seed: int 
     return (np.clip(image, 0, 1) * 255 + 0.5).astype(np.uint8)
 
 
-def initialise(model: nn.Module) -> None:
-    """Random weights for a model 64 wide, from torch's global generator: matrices Xavier's, tables with deviation 1.
+def initialise(model: nn.Module, table_std: float = 1.0) -> None:
+    """Random weights for a model 64 wide, from torch's global generator: matrices Xavier's, position and time tables
+    with deviation table_std.
 
     The original's 0.02 is made for a width of 768; here it would leave positions and times so faint that the model
     spends most of a short training on a plateau where it knows the axis of a motion and not its sense. temporal_fc
@@ -142,6 +143,6 @@ def initialise(model: nn.Module) -> None:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("_embed"):
-                parameter.normal_()
+                parameter.normal_(std=table_std)
             elif parameter.ndim == 2 and "temporal_fc" not in name and not name.startswith("head"):
                 nn.init.xavier_uniform_(parameter)
