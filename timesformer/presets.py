@@ -86,8 +86,12 @@ def _howto100m() -> list[Preset]:
     ]
 
 
+# Drawn clips, see timesformer.train.tasks: the classes tell left from right, so no flip.
+_MINIATURE = Preset("miniature", 32, 8, "uniform", None, 28, crops=1, train_scale=(32, 32), train_flip=0.0)
+
 PRESETS = {
-    preset.name: preset for preset in (*_kinetics("k400", 400), *_kinetics("k600", 600), *_ssv2(), *_howto100m())
+    preset.name: preset
+    for preset in (*_kinetics("k400", 400), *_kinetics("k600", 600), *_ssv2(), *_howto100m(), _MINIATURE)
 }
 
 

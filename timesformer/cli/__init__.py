@@ -8,9 +8,9 @@ import os
 import sys
 from importlib import metadata
 
-from . import attention, benchmark, classify, convert, demo, env, features
+from . import attention, benchmark, classify, convert, demo, env, evaluate, features, train
 
-COMMANDS = (attention, benchmark, classify, convert, demo, env, features)
+COMMANDS = (attention, benchmark, classify, convert, demo, env, evaluate, features, train)
 
 
 def _version() -> str:
@@ -38,7 +38,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit code. Wrong usage raises SystemExit(2), as argparse does."""
+    argv = sys.argv[1:] if argv is None else argv
     args = _parser().parse_args(argv)
+    args.argv = argv  # the exact command, for records
     try:
         code = args.run(args)
         sys.stdout.flush()

@@ -10,29 +10,17 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from .common import DTYPES, add_backend, add_command, check_backend, positive, progress
+from .common import DTYPES, add_backend, add_command, check_backend, count, positive, progress
 
 DEFAULT_MODEL = "facebook/timesformer-base-finetuned-k400"
 UNTRAINED = "untrained"
+DEMO = "demo"  # the model in the box
 
 logger = logging.getLogger("timesformer")
 
 
-def add(commands) -> None:
-    parser = add_command(
-        commands,
-        "classify",
-        run,
-        "say what happens in videos",
-        "timesformer classify clip.mp4 --model facebook/timesformer-hr-finetuned-k600 --top-k 3",
-    )
-    parser.add_argument("videos", metavar="VIDEO", nargs="+", help="video files")
-    parser.add_argument(
-        "--model",
-        default=DEFAULT_MODEL,
-        metavar="ID|PATH",
-        help=f"hub id, folder or checkpoint file, or {UNTRAINED!r} for random weights (default: {DEFAULT_MODEL})",
-    )
+def add_views(parser) -> None:
+    """Options of which frames are seen, and how several views make one answer."""
     parser.add_argument("--preset", metavar="NAME", help="sampling and preprocessing (default: that of the model)")
     parser.add_argument("--frames", type=positive, metavar="N", help="frames of one clip")
     parser.add_argument("--img-size", type=positive, metavar="PIXELS", help="side of the square crops")
@@ -52,10 +40,31 @@ def add(commands) -> None:
         default="logits",
         help="average the views' logits, as the original, or their probabilities (default: logits)",
     )
+
+
+def add(commands) -> None:
+    parser = add_command(
+        commands,
+        "classify",
+        run,
+        "say what happens in videos",
+        "timesformer classify clip.mp4 --model facebook/timesformer-hr-finetuned-k600 --top-k 3",
+    )
+    parser.add_argument("videos", metavar="VIDEO", nargs="+", help="video files, or folders of them")
+    parser.add_argument(
+        "--model",
+        default=DEFAULT_MODEL,
+        metavar="ID|PATH",
+        help=f"hub id, folder or checkpoint file, {DEMO!r} for the model in the box that knows drawn shapes, or "
+        f"{UNTRAINED!r} for random weights (default: {DEFAULT_MODEL})",
+    )
+    add_views(parser)
     parser.add_argument("--top-k", type=positive, default=5, metavar="K", help="answers to print (default: 5)")
     parser.add_argument(
         "--labels", metavar="FILE", help="class names: one a line, or JSON (a list, or name <-> number)"
     )
+    parser.add_argument("--workers", type=count, default=0, metavar="N", help="processes that decode (default: 0)")
+    parser.add_argument("--strict", action="store_true", help="stop at the first video that cannot be read")
     add_backend(parser)
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="arithmetic (default: float32)")
     parser.add_argument("--device", default="cpu", metavar="D", help="torch device (default: cpu)")
@@ -81,13 +90,22 @@ def read_labels(path: str) -> dict[int, str]:
         raise ValueError(f"--labels {path}: expected a JSON list, {{number: name}} or {{name: number}}") from error
 
 
-def _load(args, preset):
+def check_preset(args) -> None:
+    """Wrong usage, exit code 2, for a preset that does not exist."""
+    from ..presets import PRESETS
+
+    if args.preset is not None and args.preset not in PRESETS:
+        args.error(f"--preset: got {args.preset!r}, expected one of {', '.join(PRESETS)}")
+
+
+def load_model(args):
     """The model, in evaluation mode, and a preset of matching clips."""
     import torch
 
-    from .. import TimeSformer
+    from .. import TimeSformer, demo
     from ..presets import checkpoint_statistics, find_preset, preset_of_checkpoint
 
+    preset = find_preset(args.preset) if args.preset else None
     if args.model == UNTRAINED:
         preset = _override(preset or find_preset("k400-base"), args)
         with torch.random.fork_rng(devices=[]):
@@ -98,7 +116,8 @@ def _load(args, preset):
         print("UNTRAINED MODEL: its weights are random numbers, so the answers mean nothing", file=sys.stderr)
         return model, preset
 
-    model = TimeSformer.from_pretrained(args.model, backend=args.backend)
+    source = demo.folder() if args.model == DEMO else args.model
+    model = TimeSformer.from_pretrained(source, backend=args.backend)
     config = model.config
     if not config.num_classes:
         raise ValueError(f"--model {args.model}: the checkpoint has no classifier, only features")
@@ -110,7 +129,7 @@ def _load(args, preset):
         size = config.img_size if isinstance(config.img_size, int) else min(config.img_size)
         preset = replace(named, num_frames=config.num_frames, img_size=size)
         # a checkpoint's own statistics win: fine-tuned models often differ from the release
-        if statistics := checkpoint_statistics(args.model):
+        if statistics := checkpoint_statistics(source):
             preset = replace(preset, mean=statistics[0], std=statistics[1])
     return model, _override(preset, args)
 
@@ -136,39 +155,32 @@ def _override(preset, args):
     return replace(preset, **wanted)
 
 
-def _predict(model, views, args, step, name):
-    """Views [V, 3, T, H, W] -> scores of the classes [C] float64 that sum to 1, and logits averaged over the views."""
+def _answer(model, preset, video, labels, args, step) -> dict:
+    """The best classes of a loaded video: `aggregate` of its views, and logits averaged over them."""
     import torch
 
-    logits = []
-    with torch.inference_mode():
-        for number, view in enumerate(views):  # one by one: memory does not grow with the number of views
-            step(f"{name}: view {number + 1} of {len(views)}")
-            logits.append(model(view[None].to(device=args.device, dtype=getattr(torch, args.dtype)))[0])
-    logits = torch.stack(logits).double().cpu()
-    mean = logits.mean(0)
-    scores = mean.softmax(0) if args.aggregate == "logits" else logits.softmax(1).mean(0)
-    if not scores.isfinite().all():
-        raise RuntimeError(f"{name}: the model's answer is not finite in {args.dtype}")
-    return scores, mean
+    from ..evaluation import aggregate, predict
+    from ..video import clip_indices
 
-
-def _answer(model, preset, info, labels, args, step) -> dict:
-    from ..video import clip_indices, clip_views
-
-    start = time.perf_counter()
-    name = Path(info.path).name
-    step(f"{name}: decoding")
-    views = clip_views(info.path, preset, rule=args.resize, info=info)
-    scores, logits = _predict(model, views, args, step, name)
+    start, info = time.perf_counter(), video.info
+    name, logits = Path(video.path).name, []
+    for number, view in enumerate(video.views):  # one by one: memory does not grow with the number of views
+        step(f"{name}: view {number + 1} of {len(video.views)}")
+        logits.append(predict(model, view[None])[0])
+    logits = torch.stack(logits)
+    try:
+        scores = aggregate(logits, args.aggregate)
+    except ValueError as error:
+        raise RuntimeError(f"{name}: {error} in {args.dtype}") from error
+    logits = logits.mean(0)
     top = scores.topk(min(args.top_k, len(scores)))
     return {
-        "video": info.path,
+        "video": video.path,
         "frames": info.frames,
         "fps": round(float(info.fps), 6),
         "clips": clip_indices(info.frames, info.fps, preset),
-        "views": len(views),
-        "seconds": round(time.perf_counter() - start, 3),
+        "views": len(video.views),
+        "seconds": round(video.seconds + time.perf_counter() - start, 3),
         "top": [
             {
                 "class": index,
@@ -190,7 +202,7 @@ def _print(result: dict, preset) -> None:
         print(f"  {100 * answer['probability']:6.2f} %  {answer['label']}")
 
 
-def _check_device(args) -> None:
+def check_device(args) -> None:
     import torch
 
     try:
@@ -200,29 +212,21 @@ def _check_device(args) -> None:
 
 
 def run(args) -> int:
-    from ..presets import PRESETS, find_preset
-    from ..video import VideoError, probe
+    from ..video.loading import load_views
 
     check_backend(args)
-    if args.preset is not None and args.preset not in PRESETS:
-        args.error(f"--preset: got {args.preset!r}, expected one of {', '.join(PRESETS)}")
-    _check_device(args)
+    check_preset(args)
+    check_device(args)
     labels = read_labels(args.labels) if args.labels else None
-    infos, failed = [], []
-    for path in args.videos:  # before the model is loaded: a wrong file name should not cost a download
-        try:
-            infos.append(probe(path))
-        except VideoError as error:
-            failed.append({"video": path, "error": str(error)})
-            print(f"timesformer classify: error: {error}", file=sys.stderr)
-    if not infos:
+    videos, failed = _find(args)
+    if not videos:
         if args.json:
             print(json.dumps({"model": args.model, "results": failed}, indent=2))
         return 1
 
     import torch
 
-    model, preset = _load(args, find_preset(args.preset) if args.preset else None)
+    model, preset = load_model(args)
     classes = model.config.num_classes
     if labels is None:
         labels = model.config.id2label or {}
@@ -230,10 +234,16 @@ def run(args) -> int:
         raise ValueError(f"--labels {args.labels}: got {len(labels)} names, expected one for each of {classes} classes")
     model = model.to(device=args.device, dtype=getattr(torch, args.dtype))
 
-    results = []
-    with progress(len(infos) * (1 + preset.clips * preset.crops)) as step:
-        for info in infos:
-            results.append(_answer(model, preset, info, labels, args, step))
+    results, skipped = [], []
+    with progress(len(videos) * (1 + preset.clips * preset.crops)) as step:
+        step("decoding")
+        for place, video in enumerate(load_views(videos, preset, rule=args.resize, workers=args.workers)):
+            if place:
+                step(f"{Path(video.path).name}: decoding")
+            if video.error is None:
+                results.append(_answer(model, preset, video, labels, args, step))
+            else:
+                _unreadable(args, video.path, video.error, failed if video.path in args.videos else skipped)
     if args.json:
         settings = {
             "model": args.model,
@@ -253,8 +263,41 @@ def run(args) -> int:
             "dtype": args.dtype,
             "device": args.device,
         }
-        print(json.dumps({**settings, "results": results + failed}, indent=2))
+        print(json.dumps({**settings, "results": results + failed + skipped}, indent=2))
     else:
         for result in results:
             _print(result, preset)
-    return 1 if failed else 0
+    if skipped:
+        print(f"{len(skipped)} of {len(videos)} videos cannot be read and were skipped", file=sys.stderr)
+    return 1 if failed or not results else 0
+
+
+def _find(args) -> tuple[list, list[dict]]:
+    """(the videos named, and the paths of those in folders; what is wrong with the named ones that cannot be read).
+
+    Named files are looked at before the model is loaded: a wrong name should not cost a download.
+    """
+    from ..train.folders import video_files
+    from ..video import VideoError, probe
+
+    videos, failed = [], []
+    for path in args.videos:
+        if Path(path).is_dir():
+            found = video_files(path)
+            if not found:
+                _unreadable(args, path, f"folder {path!r}: holds no video file", failed)
+            videos += found
+            continue
+        try:
+            videos.append(probe(path))
+        except VideoError as error:
+            _unreadable(args, path, str(error), failed)
+    return videos, failed
+
+
+def _unreadable(args, path: str, error: str, failed: list[dict]) -> None:
+    """Say it and note it, or with --strict stop."""
+    if args.strict:
+        raise ValueError(error)
+    print(f"timesformer classify: error: {error}", file=sys.stderr)
+    failed.append({"video": path, "error": error})

@@ -31,6 +31,14 @@ def positive(text: str) -> int:
     return value
 
 
+def count(text: str) -> int:
+    """argparse type: an integer of at least 0."""
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"got {text}, expected at least 0")
+    return value
+
+
 def add_backend(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backend", default="auto", help="auto, or one that `timesformer env` lists (default: auto)")
 

@@ -1,16 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`timesformer demo`: a video made, decoded and classified by the full-size model, fused and in plain torch."""
+"""`timesformer demo`: a fresh video named by the trained model in the box, and the full-size model, fused and in plain
+torch, compared on another."""
 
 from __future__ import annotations
 
 import json
+import secrets
 import sys
 import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
 
-from .common import DTYPES, add_backend, add_command, check_backend, positive, progress
+from .common import DTYPES, add_backend, add_command, check_backend, count, positive, progress
 
 FPS = 30
 VIDEO_FRAMES = 264  # just over the 256 that a clip of the published 8 x 32 sampling covers
@@ -26,15 +28,16 @@ def add(commands) -> None:
         commands,
         "demo",
         run,
-        "run an untrained full-size TimeSformer on a video made here, fused against plain torch",
+        "name what happens in a video made here, and run a full-size TimeSformer, fused against plain torch",
         "timesformer demo --frames 8 --dtype bfloat16 --keep shapes.mp4",
     )
     parser.add_argument("--frames", type=positive, default=8, metavar="N", help="frames of the clip (default: 8)")
     parser.add_argument("--img-size", type=positive, metavar="PIXELS", help="side of the crop (default: 224, tiny: 32)")
     add_backend(parser)
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="arithmetic (default: float32)")
-    parser.add_argument("--seed", type=int, default=0, help="of the random weights (default: 0)")
-    parser.add_argument("--keep", metavar="FILE", help="keep the video under this name")
+    parser.add_argument("--seed", type=int, default=0, help="of the full-size model's random weights (default: 0)")
+    parser.add_argument("--clip", type=count, metavar="N", help="number of the clip to draw and name (default: any)")
+    parser.add_argument("--keep", metavar="FILE", help="keep the video that is named under this name")
     parser.add_argument("--tiny", action="store_true", help="a two-block model of width 32 instead, for a quick check")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
@@ -88,33 +91,52 @@ def _forward(model, views, backend: str):
         return logits.double(), time.perf_counter() - start
 
 
-def _compare(args, path: Path, preset, backend: str) -> dict:
+def _name(args, path: Path, step) -> dict:
+    """A fresh clip, drawn, encoded, decoded and named by the trained model."""
+    from ..demo import Namer, write_clip
+
+    number = secrets.randbelow(10**9) if args.clip is None else args.clip
+    step(f"drawing clip {number}, encoding H.264")
+    truth = write_clip(path, number)
+    step("naming what happens in it")
+    namer = Namer(args.backend)
+    answer = namer(path)
+    return {
+        "clip": number,
+        "truth": truth,
+        "answer": answer.name,
+        "probability": answer.probability,
+        "right": answer.name == truth,
+        "parameters": sum(parameter.numel() for parameter in namer.model.parameters()),
+    }
+
+
+def _compare(args, path: Path, preset, backend: str, step) -> dict:
     import numpy as np
     import torch
 
     from .. import TimeSformer
     from ..video import clip_indices, clip_views, probe, read_frames, write_video
 
-    with progress(5) as step:
-        step("encoding H.264")
-        drawn = shapes(VIDEO_FRAMES)
-        write_video(path, drawn, FPS)
-        step("decoding")
-        info = probe(path)
-        indices = clip_indices(info.frames, info.fps, preset)[0]
-        decoded = read_frames(path, indices, info=info)
-        error = float(np.abs(decoded.astype(np.float32) - drawn[indices]).mean())
-        views = clip_views(path, preset, info=info)
-        step("building the untrained model")
-        size = TINY if args.tiny else {}
-        model = TimeSformer(preset.img_size, num_frames=preset.num_frames, **size).eval()
-        _randomise(model, args.seed)
-        dtype = getattr(torch, args.dtype)
-        model, views = model.to(dtype), views.to(dtype)
-        step(f"running the {backend} backend twice")
-        fused, fused_seconds = _forward(model, views, backend)
-        step("running plain torch twice")
-        reference, reference_seconds = _forward(model, views, "reference")
+    step("encoding H.264")
+    drawn = shapes(VIDEO_FRAMES)
+    write_video(path, drawn, FPS)
+    step("decoding")
+    info = probe(path)
+    indices = clip_indices(info.frames, info.fps, preset)[0]
+    decoded = read_frames(path, indices, info=info)
+    error = float(np.abs(decoded.astype(np.float32) - drawn[indices]).mean())
+    views = clip_views(path, preset, info=info)
+    step("building the untrained model")
+    size = TINY if args.tiny else {}
+    model = TimeSformer(preset.img_size, num_frames=preset.num_frames, **size).eval()
+    _randomise(model, args.seed)
+    dtype = getattr(torch, args.dtype)
+    model, views = model.to(dtype), views.to(dtype)
+    step(f"running the {backend} backend twice")
+    fused, fused_seconds = _forward(model, views, backend)
+    step("running plain torch twice")
+    reference, reference_seconds = _forward(model, views, "reference")
     scale = reference.abs().max().item()
     difference = (fused - reference).abs().max().item() / scale
     limit = LIMITS[args.dtype]
@@ -141,6 +163,12 @@ def _compare(args, path: Path, preset, backend: str) -> dict:
 def _print(result: dict) -> None:
     video, model, backend = result["video"], result["model"], result["backend"]
     seconds = result["seconds"]
+    motion = result["motion"]
+    print(
+        f"clip {motion['clip']}: the trained model ({motion['parameters']:,} parameters) sees: {motion['answer']} "
+        f"({100 * motion['probability']:.1f} %)"
+    )
+    print(f"           {'right' if motion['right'] else 'WRONG'}: drawn was {motion['truth']}")
     print(
         f"video      {video['frames']} frames of {video['codec']} at {video['fps']:g} fps, decoded within "
         f"{video['mean_error_grey_levels']:.1f} grey levels of what was drawn"
@@ -184,8 +212,9 @@ def run(args) -> int:
         rate=max(256 // args.frames, 1),
         crops=1,
     )
-    with tempfile.TemporaryDirectory() as folder:
-        result = _compare(args, Path(args.keep or Path(folder) / "shapes.mp4"), preset, backend)
+    with tempfile.TemporaryDirectory() as folder, progress(7) as step:
+        motion = _name(args, Path(args.keep or Path(folder) / "clip.mp4"), step)
+        result = {"motion": motion, **_compare(args, Path(folder) / "shapes.mp4", preset, backend, step)}
     if args.json:
         print(json.dumps(result, indent=2))
     else:
