@@ -3,6 +3,8 @@
 copies and products that end at random times; which calls it takes; what is left to the other kernels.
 """
 
+import math
+
 import pytest
 import torch
 from arena import Arena, carved
@@ -10,6 +12,7 @@ from cuda_sim import bits16, checked, regime, run, tensor_cores, view_of
 from oracle import Case, assert_no_worse, attention, check, make_dout, make_qkv, with_gradients, with_weights
 
 from timesformer_kernels import native_cuda
+from timesformer_kernels.backends import cuda
 
 LAUNCH_FAILURE = 719  # cudaError_t
 
@@ -143,8 +146,11 @@ def test_statistics(simt, frames, cls, dtype):
     case = Case("time", (1, 3, frames), cls)
     q, k, v = make_qkv(2, case.tokens, 2, 64, dtype)
     first = int(cls != "none")
-    stats = torch.full((2, 2, 3, frames + first, 2), float("nan"))
-    native_cuda.attention(q, k, v, torch.empty(q.shape, dtype=dtype), view_of(case), 0.3, None, stats=stats)
+    shape = (2, 2, 3, frames + first, 2)
+    numbers = cuda.stats_size(q.shape, dtype, view_of(case)) or math.prod(shape)  # "per_group": behind them more
+    kept = torch.full((numbers,), float("nan"))
+    native_cuda.attention(q, k, v, torch.empty(q.shape, dtype=dtype), view_of(case), 0.3, None, stats=kept)
+    stats = kept[: math.prod(shape)].view(shape)
     exact = torch.empty(stats.shape, dtype=torch.float64)
     for g in range(3):
         rows = [0] * first + list(range(first + g * frames, first + (g + 1) * frames))
