@@ -35,6 +35,7 @@ RECORD = "_build_info.json"
 CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-Wall", "-Wextra"]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", *AVX2, "-mprefer-vector-width=512"]
+PER_ISA = ("attention", "steps")  # sources that are compiled once for each of these
 ISAS = {"baseline": []}
 if platform.machine().lower() in ("x86_64", "amd64"):
     ISAS |= {"avx2": AVX2, "avx512": AVX512, "avx512bf16": [*AVX512, "-mavx512bf16"]}
@@ -163,8 +164,8 @@ def run_ninja(ninja, temp, text, workers):
 def build_cpu(library, temp, workers):
     """Compiles csrc/cpu into `library` and returns its record.
 
-    attention.cpp holds everything that depends on the instruction set and is compiled once for each; the other files
-    run on every CPU, and choose among those at run time.
+    PER_ISA holds everything that depends on the instruction set and is compiled once for each; the other files run on
+    every CPU, and choose among those at run time.
     """
     cxx, ninja, sources = find_compiler(), find_ninja(), sorted(CSRC.glob("cpu/*.cpp"))
     if not sources:
@@ -173,9 +174,10 @@ def build_cpu(library, temp, workers):
     if "baseline" not in isas:
         raise CompileError(f"{shlex.join(cxx)} does not work or rejects {shlex.join(CXX_FLAGS)}")
     have = [f"-DTSK_HAVE_{isa.upper()}=1" for isa in isas]
-    units = [(source, temp / f"{source.stem}.o", have) for source in sources if source.stem != "attention"]
+    units = [(source, temp / f"{source.stem}.o", have) for source in sources if source.stem not in PER_ISA]
     for isa, flags in isas.items():
-        units.append((CSRC / "cpu/attention.cpp", temp / f"attention_{isa}.o", [f"-DTSK_ISA={isa}", *flags]))
+        for stem in PER_ISA:
+            units.append((CSRC / f"cpu/{stem}.cpp", temp / f"{stem}_{isa}.o", [f"-DTSK_ISA={isa}", *flags]))
     run_ninja(ninja, temp, ninja_file(cxx, library, units), workers)
     version = subprocess.check_output([*cxx, "--version"], encoding="utf-8", errors="replace").splitlines()[0]
     rejected = [isa for isa in ISAS if isa not in isas]

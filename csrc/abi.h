@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Everything Python knows about the native side. Plain C: no torch, pybind or Python headers.
-// Mirrored once, in kernels/timesformer_kernels/native.py; version and size are compared when a library is loaded.
+// Mirrored once, in kernels/timesformer_kernels/native*.py; version and sizes are compared when a library is loaded.
 #pragma once
 #include <stdint.h>
 
@@ -49,6 +49,41 @@ struct TskAttention {
   int32_t cls;          // TskCls
 };
 
+// Rows [B, S, D] of a fused step, read in place. Strides count elements; the last dimension has stride 1.
+struct TskRows {
+  const void* data;
+  int64_t batch, token;
+};
+
+enum TskStep : int32_t {
+  TSK_ADD_LAYER_NORM_FWD = 0,  // x, branch, weight, bias -> sum, out
+  TSK_ADD_LAYER_NORM_BWD = 1,  // x (the sum), dout, dsum, weight -> dx, dbranch, dweight, dbias
+  TSK_BIAS_GELU_FWD = 2,       // x, bias -> out
+  TSK_BIAS_GELU_BWD = 3        // x, dout, bias -> dx, dbias
+};
+
+// A call of one of them on the CPU. What a step does not name is not looked at; all results are contiguous.
+struct TskStepCall {
+  TskRows x, branch;          // branch.data null: none
+  TskRows dout, dsum;         // dsum.data null: none
+  const void *weight, *bias;  // [D]
+  const float* row_scale;     // factor of each branch row; null: 1
+  int64_t scale_batch, scale_token;
+  void *sum, *out;        // [B, S, D]; sum null without a branch
+  void *dx, *dbranch;     // [B, S, D]; dbranch null: not wanted
+  void *dweight, *dbias;  // [D]
+  void* workspace;        // tsk_step_workspace() bytes, 64-byte aligned
+  double eps;             // of LayerNorm
+  int64_t batch, tokens, dim;
+  int64_t max_threads;   // upper bound of parallel workers
+  int32_t dtype;         // TskDtype of x, dout, dsum, sum, out and dx
+  int32_t branch_dtype;  // of branch and dbranch: dtype or, beside TSK_F32, a 16-bit one
+  int32_t weight_dtype;  // of weight and dweight: dtype or, beside 16-bit rows, TSK_F32
+  int32_t bias_dtype;    // of bias and dbias: likewise
+  int32_t skip_cls;      // row 0 of each clip takes no residual, and its branch row is not read
+  int32_t unused;
+};
+
 TSK_API int32_t tsk_abi_version();
 TSK_API int64_t tsk_attention_size();  // sizeof(TskAttention)
 TSK_API const char* tsk_last_error();  // thread-local text of the last failure
@@ -57,6 +92,9 @@ TSK_API const char* tsk_last_error();  // thread-local text of the last failure
 TSK_API int64_t tsk_attn_workspace(const TskAttention* a, int32_t backward);
 TSK_API int32_t tsk_attn_fwd(const TskAttention* a);
 TSK_API int32_t tsk_attn_bwd(const TskAttention* a);
+TSK_API int64_t tsk_step_size();  // sizeof(TskStepCall)
+TSK_API int64_t tsk_step_workspace(const TskStepCall* c, int32_t step);
+TSK_API int32_t tsk_step_run(const TskStepCall* c, int32_t step);
 
 // Threads are the caller's: a function of the signature of libtorch's torch_parallel_for, or null to run serially.
 TSK_API void tsk_set_parallel_for(void* fn);

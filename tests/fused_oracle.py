@@ -8,11 +8,30 @@ import pytest
 import torch
 from oracle import assert_no_worse, device_of
 
-from timesformer_kernels import fused
+from timesformer_kernels import fused, native
 from timesformer_kernels.fused import add_layer_norm, bias_gelu
 
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 GRADIENTS = ("dx", "dbranch", "dweight", "dbias")
+
+
+CPP = tuple(("cpp", isa) for isa in native.isas()) or ("cpp",)  # once per instruction set that this chip runs
+
+
+def name_of(engine):
+    return engine if isinstance(engine, str) else "-".join(engine)
+
+
+def served(engine):
+    """For a fixture: the name of an engine that can run, its instruction set forced meanwhile."""
+    name, isa = (engine, None) if isinstance(engine, str) else engine
+    able(name)
+    before = native.isa() if isa else None
+    if isa:
+        native.force_isa(isa)
+    yield name
+    if isa:
+        native.force_isa(before)
 
 
 def able(name):

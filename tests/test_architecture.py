@@ -21,6 +21,7 @@ FLOORS = {
     "fused_checks": 1,
     "registry": 1,
     "native": 1,
+    "native_steps": 1.5,  # calls what native loads
     "native_cuda": 1.5,  # calls what native loads
     "backends": 2,
     "flops": 2,

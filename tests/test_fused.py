@@ -7,6 +7,7 @@ import pytest
 import torch
 from arena import REAL, Arena, carved
 from fused_oracle import (
+    CPP,
     GRADIENTS,
     KERNEL_DTYPES,
     able,
@@ -14,10 +15,12 @@ from fused_oracle import (
     check_norm,
     gelu_oracle,
     gradients,
+    name_of,
     norm_oracle,
     operands,
     randn,
     row_scale,
+    served,
     strided,
 )
 from oracle import device_of
@@ -29,15 +32,20 @@ DIMS = (1, 3, 17, 192, 768, 1000, 1536)
 dtypes = pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=lambda d: str(d).split(".")[1])
 
 
-@pytest.fixture(params=["triton", "reference"])
+@pytest.fixture(params=["triton", *CPP, "reference"], ids=name_of)
 def engine(request):
-    """Every backend that has the steps, where it can run; on a GPU its tensors lie there."""
-    return able(request.param)
+    """Every backend that has the steps, where it can run, the C++ one on every instruction set."""
+    yield from served(request.param)
+
+
+@pytest.fixture(params=["triton", *CPP], ids=name_of)
+def kernels(request):
+    """Those that are not plain torch."""
+    yield from served(request.param)
 
 
 @pytest.fixture
-def kernels():
-    """The one that is not plain torch."""
+def triton():
     return able("triton")
 
 
@@ -86,21 +94,21 @@ def test_wide_rows(engine, dim):
 
 
 @pytest.mark.parametrize("dim", [3, 40, 300])
-def test_more_tiles_than_partial_sums(kernels, dim, monkeypatch):
+def test_more_tiles_than_partial_sums(triton, dim, monkeypatch):
     """Every program of a backward visits several tiles, the last ones fewer, and the last tile is not full."""
     from timesformer_kernels.backends.triton import fused as launches
 
     monkeypatch.setattr(launches, "PARTS", 3)
-    check_norm(kernels, operands(kernels, 3, 37, dim), skip_cls=True, row_scale=row_scale(kernels, 3, 37))
-    check_gelu(kernels, *operands(kernels, 3, 37, dim)[::3])
+    check_norm(triton, operands(triton, 3, 37, dim), skip_cls=True, row_scale=row_scale(triton, 3, 37))
+    check_gelu(triton, *operands(triton, 3, 37, dim)[::3])
 
 
-def test_row_numbers_in_64_bits(kernels, monkeypatch):
+def test_row_numbers_in_64_bits(triton, monkeypatch):
     from timesformer_kernels.backends.triton import fused as launches
 
     monkeypatch.setattr(launches, "WIDE_ROWS", 0)
-    check_norm(kernels, operands(kernels, 3, 9, 20), skip_cls=True, row_scale=row_scale(kernels, 3, 9))
-    check_gelu(kernels, *operands(kernels, 3, 9, 20)[::3])
+    check_norm(triton, operands(triton, 3, 9, 20), skip_cls=True, row_scale=row_scale(triton, 3, 9))
+    check_gelu(triton, *operands(triton, 3, 9, 20)[::3])
 
 
 def test_strides_beyond_32_bits(kernels):

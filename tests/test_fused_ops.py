@@ -1,32 +1,38 @@
 # SPDX-License-Identifier: Apache-2.0
 """The fused steps as ops, under everything torch does to an op; which backend runs; bad input."""
 
+import struct
 from functools import partial
 
 import pytest
 import torch
 import torch._dynamo.testing
 import torch.autograd.forward_ad as forward_ad
-from fused_oracle import able, gradients, operands, randn, row_scale, strided
+from fused_oracle import CPP, able, gradients, name_of, operands, randn, row_scale, served, strided
 from oracle import device_of, same
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from timesformer_kernels import fused, registry
+from timesformer_kernels import fused, native, native_steps, registry
 from timesformer_kernels.fused import add_layer_norm, bias_gelu
 
 OPS = torch.ops.timesformer_kernels
 
 
-@pytest.fixture(params=["triton", "reference"])
+@pytest.fixture(params=["triton", *CPP, "reference"], ids=name_of)
 def engine(request):
-    """Every backend that has the steps, where it can run; on a GPU its tensors lie there."""
-    return able(request.param)
+    """Every backend that has the steps, where it can run, the C++ one on every instruction set."""
+    yield from served(request.param)
+
+
+@pytest.fixture(params=["triton", *CPP], ids=name_of)
+def kernels(request):
+    """Those that are not plain torch."""
+    yield from served(request.param)
 
 
 @pytest.fixture
-def kernels():
-    """The one that is not plain torch."""
+def triton():
     return able("triton")
 
 
@@ -199,29 +205,77 @@ def test_autocast_leaves_the_stream_alone(engine):
 # Which backend runs
 
 
-def test_auto_without_kernels_is_the_reference():
-    """auto passes over the interpreter, and over a triton that has no kernel for the dtype or the width."""
-    for dtype, width in ((torch.float32, 8), (torch.float64, 8), (torch.float32, 10_000)):
+DTYPES_AND_WIDTHS = ((torch.float32, 8), (torch.float64, 8), (torch.float32, 10_000))
+
+
+def test_auto_without_kernels_is_the_reference(monkeypatch):
+    """auto passes over the interpreter, and over a library that is not there; the named backend says so."""
+    monkeypatch.setattr(native, "library", lambda: (None, "the CPU library was not built (no compiler)"))
+    native_steps.library.cache_clear()
+    fused.resolve.cache_clear()
+    for dtype, width in DTYPES_AND_WIDTHS:
         assert fused.resolve("auto", "cpu", dtype, width)[0] == "reference"
     inputs = operands("reference", 2, 3, 8, torch.float64)
     assert add_layer_norm(*inputs)[1].dtype == torch.float64
+    with pytest.raises(RuntimeError, match="backend 'cpp' cannot run: the CPU library was not built"):
+        bias_gelu(*inputs[::3], backend="cpp")
+    native_steps.library.cache_clear()
+    fused.resolve.cache_clear()
 
 
-@pytest.mark.parametrize("backend", ["auto", "triton"])
-def test_the_kernels_serve_every_way_of_calling(kernels, backend, monkeypatch):
+def test_auto_on_a_cpu_is_the_library():
+    able("cpp")
+    for dtype, width in DTYPES_AND_WIDTHS:
+        assert fused.resolve("auto", "cpu", dtype, width)[0] == "cpp"
+    with pytest.raises(RuntimeError, match="backend 'cpp' cannot run: its kernels run on cpu, not on meta"):
+        bias_gelu(X.to("meta"), V.to("meta"), backend="cpp")
+
+
+def test_a_library_of_another_struct_is_refused(monkeypatch):
+    able("cpp")
+    monkeypatch.setattr(native_steps, "_CALL", struct.Struct("q"))
+    native_steps.library.cache_clear()
+    assert "reinstall" in fused.why_not("cpp", "cpu", torch.float32, 8)
+    native_steps.library.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"code": 7}, "dtype code 7 is unknown"),
+        ({"branch": 3}, "a branch of dtype code 3 beside rows of 0"),
+        ({"bias": 2}, "vectors of dtype code 2 beside rows of 0"),
+        ({"dim": 0}, "sizes are out of range"),
+        ({"threads": 0}, "sizes are out of range"),
+        ({"step": 4}, "step 4 is unknown"),
+    ],
+)
+def test_bad_calls_are_refused_by_the_library(change, message):
+    able("cpp")
+    n = {"dim": 4, "threads": 1, "code": 0, "branch": 0, "weight": 0, "bias": 0, "step": 0, **change}
+    sizes = 1, 1, n["dim"], n["threads"]
+    codes = n["code"], n["branch"], n["weight"], n["bias"], 0, 0
+    call, lib = native_steps._CALL.pack(*[0] * 24, 1e-6, *sizes, *codes), native_steps.library()[0]
+    with pytest.raises(RuntimeError, match=message):
+        native_steps._check(lib, lib.tsk_step_run(call, n["step"]))
+    assert lib.tsk_step_workspace(call, n["step"]) < 0
+
+
+@pytest.mark.parametrize("auto", [False, True], ids=["named", "auto"])
+def test_the_kernels_serve_every_way_of_calling(kernels, auto, monkeypatch):
     """No way to the result, eager or op, with or without grad, misses the kernels."""
-    if backend == "auto" and device_of(kernels) == "cpu":
+    if auto and kernels == "triton" and device_of(kernels) == "cpu":
         pytest.skip("auto passes over the interpreter")
-    counted, real = [], fused._LOADERS["triton"]()
+    backend, (counted, real) = "auto" if auto else kernels, ([], fused._LOADERS[kernels]())
     spies = fused.Steps(*(lambda *a, f=f, n=n: counted.append(n) or f(*a) for n, f in real._asdict().items()))
-    monkeypatch.setitem(fused._LOADERS, "triton", lambda: spies)
+    monkeypatch.setitem(fused._LOADERS, kernels, lambda: spies)
     fused.resolve.cache_clear()
     inputs = [t.requires_grad_() for t in operands(kernels, 2, 3, 8)]
 
     def call(*inputs):
         return (
             sum(t.square().sum() for t in add_layer_norm(*inputs, backend=backend))
-            + bias_gelu(*inputs[::3], backend="triton").square().sum()
+            + bias_gelu(*inputs[::3], backend=kernels).square().sum()
         )
 
     torch._dynamo.reset()
@@ -236,14 +290,14 @@ def test_the_kernels_serve_every_way_of_calling(kernels, backend, monkeypatch):
     fused.resolve.cache_clear()
 
 
-def test_a_named_backend_raises_its_reason(kernels):
-    inputs = operands(kernels, 2, 3, 8, torch.float64)
+def test_a_named_backend_raises_its_reason(triton):
+    inputs = operands(triton, 2, 3, 8, torch.float64)
     with pytest.raises(RuntimeError, match="backend 'triton' cannot run: no kernel for torch.float64"):
         add_layer_norm(*inputs, backend="triton")
     with pytest.raises(RuntimeError, match="backend 'triton' cannot run: no kernel for torch.float64"):
         bias_gelu(*inputs[::3], backend="triton")
     with pytest.raises(RuntimeError, match="cannot run: kernels for rows of up to 8192 elements, got 8193"):
-        add_layer_norm(*operands(kernels, 1, 1, 8193), backend="triton")
+        add_layer_norm(*operands(triton, 1, 1, 8193), backend="triton")
     assert fused.why_not("triton", "meta", torch.float32, 8) == registry.get("triton").why_not("meta", torch.float32, 8)
 
 
@@ -289,8 +343,8 @@ NORM_FAULTS = [
     ),
     bad("skip-no-branch", ValueError, "skip_cls: given with branch=None", branch=None, skip_cls=True),
     bad("scale-no-branch", ValueError, "row_scale: given with branch=None", branch=None, row_scale=torch.ones(2)),
-    bad("backend", ValueError, "backend: got 'cudnn', expected one of auto, triton, reference", backend="cudnn"),
-    bad("backend-cpp", ValueError, "backend: got 'cpp', expected one of auto, triton, reference", backend="cpp"),
+    bad("backend", ValueError, "backend: got 'cudnn', expected one of auto, triton, cpp, reference", backend="cudnn"),
+    bad("backend-cuda", ValueError, "backend: got 'cuda', expected one of auto, triton, cpp, ref", backend="cuda"),
 ]
 GELU_FAULTS = [
     bad("x-none", TypeError, "x: got NoneType", x=None),

@@ -4,10 +4,12 @@
 #include <string.h>
 
 #include "attention.h"
+#include "steps.h"
 
-#define TSK_DECLARE(isa)        \
-  namespace tsk::isa {          \
-  extern const Kernels kernels; \
+#define TSK_DECLARE(isa)          \
+  namespace tsk::isa {            \
+  extern const Kernels kernels;   \
+  extern const StepKernels steps; \
   }
 #ifdef TSK_HAVE_AVX512BF16
 TSK_DECLARE(avx512bf16)
@@ -35,12 +37,16 @@ int32_t fail(int32_t status, const char* format, Args... args) {
 
 constexpr int kMaxIsas = 4;
 struct Isas {
-  const Kernels* usable[kMaxIsas];  // best first
+  struct Isa {
+    const Kernels* attention;
+    const StepKernels* steps;
+  };
+  Isa usable[kMaxIsas];  // best first
   int count = 0;
   char names[64] = "";
 
-  void add(const Kernels& k) {
-    usable[count++] = &k;
+  void add(const Kernels& k, const StepKernels& s) {
+    usable[count++] = {&k, &s};
     if (names[0]) strcat(names, " ");
     strcat(names, k.name);
   }
@@ -52,13 +58,13 @@ struct Isas {
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 #ifdef TSK_HAVE_AVX512BF16
-    if (avx512 && __builtin_cpu_supports("avx512bf16")) add(avx512bf16::kernels);
+    if (avx512 && __builtin_cpu_supports("avx512bf16")) add(avx512bf16::kernels, avx512bf16::steps);
 #endif
-    if (avx512) add(avx512::kernels);
+    if (avx512) add(avx512::kernels, avx512::steps);
 #endif
-    if (avx2) add(avx2::kernels);
+    if (avx2) add(avx2::kernels, avx2::steps);
 #endif
-    add(baseline::kernels);
+    add(baseline::kernels, baseline::steps);
   }
 };
 
@@ -66,7 +72,7 @@ const Isas& isas() {
   static const Isas all;
   return all;
 }
-const Kernels* current = isas().usable[0];
+Isas::Isa current = isas().usable[0];
 
 // --- threads --------------------------------------------------------------------------------------------------------
 
@@ -74,22 +80,25 @@ using Body = void (*)(int64_t begin, int64_t end, void* context);
 using ParallelFor = int32_t (*)(int64_t begin, int64_t end, int64_t grain, Body, void* context);
 ParallelFor parallel_for = nullptr;
 
+template <class J>
 struct Phase {
-  const Job* job;
-  void (*body)(const Job&, int64_t worker);
+  const J* job;
+  void (*body)(const J&, int64_t worker);
 };
 
+template <class J>
 void run_range(int64_t begin, int64_t end, void* context) {
-  const auto* phase = static_cast<const Phase*>(context);
+  const auto* phase = static_cast<const Phase<J>*>(context);
   for (int64_t worker = begin; worker < end; ++worker) phase->body(*phase->job, worker);
 }
 
 // Without a thread pool, or where it reports a failure, the workers run one after the other: each writes what only it
 // writes, so that doing one again gives the same bits.
-void parallel(const Job& job, void (*body)(const Job&, int64_t)) {
-  Phase phase{&job, body};
-  if (job.workers == 1 || !parallel_for || parallel_for(0, job.workers, 1, run_range, &phase) != 0)
-    run_range(0, job.workers, &phase);
+template <class J>
+void parallel(const J& job, void (*body)(const J&, int64_t)) {
+  Phase<J> phase{&job, body};
+  if (job.workers == 1 || !parallel_for || parallel_for(0, job.workers, 1, run_range<J>, &phase) != 0)
+    run_range<J>(0, job.workers, &phase);
 }
 
 // --- checks ---------------------------------------------------------------------------------------------------------
@@ -119,7 +128,7 @@ int32_t prepare(const TskAttention* a, Job* job) {
   const double work = double(a->batch) * job->G * a->heads * (job->L + 1) * (job->L + 8) * a->head_dim;
   const int64_t worth = work < 1e6 ? 1 : int64_t(work / 5e5 < 1e6 ? work / 5e5 : 1e6);
   job->workers = worth < a->max_threads ? worth : a->max_threads;
-  job->parallel = parallel;
+  job->parallel = parallel<Job>;
   return TSK_OK;
 }
 
@@ -127,7 +136,37 @@ int32_t run(const TskAttention* a, bool backward) {
   Job job;
   if (int32_t status = prepare(a, &job)) return status;
   if (a->batch == 0 || a->heads == 0 || a->tokens == 0) return TSK_OK;
-  (backward ? current->backward : current->forward)(job);
+  (backward ? current.attention->backward : current.attention->forward)(job);
+  return TSK_OK;
+}
+
+// --- the fused steps ------------------------------------------------------------------------------------------------
+
+// 16-bit rows may come with float32 vectors, and float32 rows with a 16-bit branch.
+bool mixes(int32_t narrow, int32_t wide) { return wide == TSK_F32 && (narrow == TSK_BF16 || narrow == TSK_F16); }
+
+int32_t prepare(const TskStepCall* c, int32_t step, StepJob* job) {
+  if (step < TSK_ADD_LAYER_NORM_FWD || step > TSK_BIAS_GELU_BWD) return fail(TSK_INVALID, "step %d is unknown", step);
+  if (c->dtype < TSK_F32 || c->dtype > TSK_F64) return fail(TSK_INVALID, "dtype code %d is unknown", int(c->dtype));
+  if (c->branch_dtype != c->dtype && !mixes(c->branch_dtype, c->dtype))
+    return fail(TSK_INVALID, "a branch of dtype code %d beside rows of %d", int(c->branch_dtype), int(c->dtype));
+  const int32_t vectors[] = {c->weight_dtype, c->bias_dtype};
+  for (const int32_t dtype : vectors)
+    if (dtype != c->dtype && !mixes(c->dtype, dtype))
+      return fail(TSK_INVALID, "vectors of dtype code %d beside rows of %d", int(dtype), int(c->dtype));
+  if (c->batch < 0 || c->tokens < 0 || c->dim < 1 || c->max_threads < 1)
+    return fail(TSK_INVALID, "sizes are out of range: batch %lld, tokens %lld, dim %lld, max_threads %lld",
+                (long long)c->batch, (long long)c->tokens, (long long)c->dim, (long long)c->max_threads);
+  job->c = c;
+  job->step = step;
+  job->rows = c->batch * c->tokens;
+  // Sums over rows are those of runs of rows, by the number of rows alone, added in order.
+  const int64_t runs = (job->rows + kRowsOfRun - 1) / kRowsOfRun;
+  job->runs = runs < kMaxRuns ? runs : kMaxRuns;
+  const double work = double(job->rows) * double(c->dim);
+  const int64_t worth = work < 131072 ? 1 : int64_t(work / 65536 < 1e6 ? work / 65536 : 1e6);
+  job->workers = worth < c->max_threads ? worth : c->max_threads;
+  job->parallel = parallel<StepJob>;
   return TSK_OK;
 }
 
@@ -138,19 +177,32 @@ TSK_API int32_t tsk_abi_version() { return TSK_ABI_VERSION; }
 TSK_API int64_t tsk_attention_size() { return sizeof(TskAttention); }
 TSK_API const char* tsk_last_error() { return tsk::last_error; }
 TSK_API void tsk_set_parallel_for(void* fn) { tsk::parallel_for = reinterpret_cast<tsk::ParallelFor>(fn); }
-TSK_API const char* tsk_isa() { return tsk::current->name; }
+TSK_API const char* tsk_isa() { return tsk::current.attention->name; }
 TSK_API const char* tsk_isas() { return tsk::isas().names; }
 
 TSK_API int32_t tsk_force_isa(const char* name) {
   for (int i = 0; i < tsk::isas().count; ++i)
-    if (strcmp(tsk::isas().usable[i]->name, name) == 0) return tsk::current = tsk::isas().usable[i], TSK_OK;
+    if (strcmp(tsk::isas().usable[i].attention->name, name) == 0) return tsk::current = tsk::isas().usable[i], TSK_OK;
   return tsk::fail(TSK_INVALID, "instruction set %s is not one of: %s", name, tsk::isas().names);
 }
 
 TSK_API int64_t tsk_attn_workspace(const TskAttention* a, int32_t backward) {
   tsk::Job job;
   if (int32_t status = tsk::prepare(a, &job)) return status;
-  return tsk::current->workspace(job, backward);
+  return tsk::current.attention->workspace(job, backward);
 }
 TSK_API int32_t tsk_attn_fwd(const TskAttention* a) { return tsk::run(a, false); }
 TSK_API int32_t tsk_attn_bwd(const TskAttention* a) { return tsk::run(a, true); }
+
+TSK_API int64_t tsk_step_size() { return sizeof(TskStepCall); }
+TSK_API int64_t tsk_step_workspace(const TskStepCall* c, int32_t step) {
+  tsk::StepJob job;
+  if (int32_t status = tsk::prepare(c, step, &job)) return status;
+  return tsk::current.steps->workspace(job);
+}
+TSK_API int32_t tsk_step_run(const TskStepCall* c, int32_t step) {
+  tsk::StepJob job;
+  if (int32_t status = tsk::prepare(c, step, &job)) return status;
+  if (job.rows > 0) tsk::current.steps->run(job);
+  return TSK_OK;
+}

@@ -18,11 +18,11 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 from . import backends as _backends  # noqa: F401  registers them
-from . import fused_checks, registry
+from . import fused_checks, native_steps, registry
 from .backends import reference_steps
 from .mounting import NAMESPACE, TAGS, needs_op
 
-MAX_WIDTH = 8192  # of LayerNorm's kernels, which keep a row in registers
+MAX_WIDTH = 8192  # of Triton's LayerNorm, which keeps a row in registers
 
 
 # --- which backend runs ----------------------------------------------------------------------------------------------
@@ -52,15 +52,22 @@ def _triton() -> Steps:
     return Steps(*(getattr(fused, name) for name in Steps._fields))
 
 
+def _cpp() -> Steps:
+    from .backends import cpp_steps
+
+    return Steps(*(getattr(cpp_steps, name) for name in Steps._fields))
+
+
 # In the order in which `auto` tries them. A backend of attention without these steps is not listed.
-_LOADERS: dict[str, Callable[[], Steps]] = {"triton": _triton, "reference": lambda: REFERENCE}
+_LOADERS: dict[str, Callable[[], Steps]] = {"triton": _triton, "cpp": _cpp, "reference": lambda: REFERENCE}
 
 
 def why_not(name: str, device_type: str, dtype: torch.dtype, width: int) -> str | None:
     """None when the backend has the fused steps for rows of `width` elements, else the reason in one line."""
     if name == "triton" and width > MAX_WIDTH:
         return f"kernels for rows of up to {MAX_WIDTH} elements, got {width}"
-    return registry.get(name).why_not(device_type, dtype, 1)
+    reason = registry.get(name).why_not(device_type, dtype, 1)
+    return native_steps.library()[1] if name == "cpp" and reason is None else reason
 
 
 @lru_cache(maxsize=1024)
@@ -320,7 +327,7 @@ def add_layer_norm(
     skip_cls: row 0 of each clip takes no residual, as in the time step of TimeSformer: sum[:, 0] is x[:, 0], the
         branch's row 0 is not read, whatever it holds, and its gradient is zero.
     row_scale: float32 [B] or [B, S], the factor of stochastic depth; a constant, without a gradient.
-    backend: "auto", "triton" or "reference"; a named one runs or raises.
+    backend: "auto", "triton", "cpp" or "reference"; a named one runs or raises.
     Returns (sum, normed) [B, S, D] in the dtype of x, contiguous. sum is rounded to it first, and the norm is that of
     the rounded sum; statistics and both gradients' sums over rows are float32 (float64 for float64). Raises TypeError,
     ValueError for bad arguments, RuntimeError where the named backend cannot run.
@@ -351,8 +358,8 @@ def bias_gelu(x: Tensor, bias: Tensor, *, backend: str = "auto") -> Tensor:
 
     x: [..., D] in float32, bfloat16, float16 or float64 with a unit last stride and leading dimensions that merge into
         two without a copy. bias: [D] in the dtype of x, or float32 beside 16-bit activations.
-    backend: "auto", "triton" or "reference"; a named one runs or raises. Under torch.compile "auto" is plain torch
-        code, which the compiler fuses into one pass itself.
+    backend: "auto", "triton", "cpp" or "reference"; a named one runs or raises. Under torch.compile "auto" is plain
+        torch code, which the compiler fuses into one pass itself.
     Returns the shape and dtype of x, contiguous. Raises TypeError, ValueError for bad arguments, RuntimeError where the
     named backend cannot run.
     """
