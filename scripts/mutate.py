@@ -23,6 +23,7 @@ from mutants_choice import MUTANTS as CHOICE
 from mutants_cuda import MUTANTS as CUDA
 from mutants_hopper import MUTANTS as HOPPER
 from mutants_model import MUTANTS as MODEL
+from mutants_steps import MUTANTS as STEPS
 from mutants_triton import MUTANTS as TRITON
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -53,9 +54,10 @@ class Tree:
         compiler, jobs, objects = os.environ.get("CXX", "g++"), [], []
         for isa in dict.fromkeys(("baseline", *(FLAGS if self.isa != "baseline" else ()))):
             extra = [*flags, *FLAGS[isa], f"-DTSK_ISA={isa}"]
-            jobs.append((extra, self.root / "csrc/cpu/attention.cpp", self.root / f"attention_{isa}.o"))
+            for stem in ("attention", "steps"):
+                jobs.append((extra, self.root / f"csrc/cpu/{stem}.cpp", self.root / f"{stem}_{isa}.o"))
         for source in (self.root / "csrc/cpu").glob("*.cpp"):
-            if source.stem != "attention":
+            if source.stem not in ("attention", "steps"):
                 jobs.append(([*flags[:6], *have], source, self.root / f"{source.stem}.o"))
         running = []
         for extra, source, target in jobs:
@@ -119,7 +121,7 @@ def main():
     parser.add_argument("--list", action="store_true", help="print the mutants and check their patterns, run nothing")
     parser.add_argument("--isa", default="baseline", choices=FLAGS, help="instruction set to compile for")
     options = parser.parse_args()
-    chosen = (*MUTANTS, *CHOICE, *TRITON, *CUDA, *HOPPER, *MODEL)
+    chosen = (*MUTANTS, *CHOICE, *TRITON, *CUDA, *HOPPER, *MODEL, *STEPS)
     mutants = [m for m in chosen if options.only in m.name or options.only in m.file]
     stale = check_patterns(mutants)
     if options.list:

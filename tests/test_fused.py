@@ -386,3 +386,109 @@ def test_the_reference_as_an_op_has_the_same_gradients(options):
     got = gradients(lambda *t: OPS.bias_gelu_fwd(*t, "reference"), inputs[::3], douts[:1])
     expected = gradients(partial(bias_gelu, backend="reference"), inputs[::3], douts[:1])
     torch.testing.assert_close(got, expected, atol=1e-12, rtol=1e-12)
+
+
+# The C++ library
+
+
+@pytest.fixture(params=CPP, ids=name_of)
+def cpp(request):
+    yield from served(request.param)
+
+
+@pytest.mark.parametrize("dim", [*range(1, 34), 63, 65, 129])
+def test_every_tail_of_a_row(cpp, dim):
+    inputs = operands(cpp, 2, 3, dim, torch.bfloat16)
+    check_norm(cpp, inputs, skip_cls=True, row_scale=row_scale(cpp, 2, 3))
+    check_gelu(cpp, *inputs[::3])
+
+
+@pytest.mark.parametrize("dim", [*range(1, 18), 192])
+def test_float64(cpp, dim):
+    """Against the formulas in the same precision: to its rounding."""
+    inputs, scale = operands(cpp, 2, 3, dim, torch.float64), row_scale(cpp, 2, 3)
+    douts = [randn(2, 3, dim, seed=s, dtype=torch.float64) for s in (1, 2)]
+    options = dict(skip_cls=True, row_scale=scale, eps=1e-3)
+    got = gradients(partial(add_layer_norm, backend=cpp, **options), inputs, douts)
+    expected = gradients(partial(norm_oracle, **options), inputs, douts)
+    torch.testing.assert_close(got, expected, atol=1e-12, rtol=1e-12)
+    x = inputs[0] * 4
+    got = gradients(partial(bias_gelu, backend=cpp), [x, inputs[3]], douts[:1])
+    torch.testing.assert_close(got, gradients(gelu_oracle, [x, inputs[3]], douts[:1]), atol=1e-14, rtol=1e-13)
+
+
+def test_gradcheck(cpp):
+    inputs = [t.requires_grad_() for t in operands(cpp, 2, 3, 11, torch.float64)]
+    norm = partial(add_layer_norm, skip_cls=True, row_scale=row_scale(cpp, 2, 3), backend=cpp)
+    assert torch.autograd.gradcheck(norm, inputs)
+    assert torch.autograd.gradcheck(partial(bias_gelu, backend=cpp), inputs[::3])
+
+
+@pytest.fixture
+def threads():
+    """Sets the number of threads, and puts it back."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("shape", [(2, 1301, 67), (3, 4001, 12)], ids=["runs", "longer-runs"])
+def test_same_bits_over_thread_counts(cpp, shape, dtype, threads):
+    """Enough rows for several runs of 32, in the second shape for more than may be kept; several threads share them."""
+    inputs = operands(cpp, *shape, dtype)
+    douts = [randn(*shape, seed=s) for s in (1, 2)]
+
+    def run():
+        norm = gradients(partial(add_layer_norm, skip_cls=True, backend=cpp), inputs, douts)
+        return norm + gradients(partial(bias_gelu, backend=cpp), inputs[::3], douts[:1])
+
+    threads(1)
+    first = run()
+    for count in (2, 3, 8):
+        threads(count)
+        assert all(torch.equal(a, b) for a, b in zip(run(), first, strict=True)), f"{count} threads"
+    check_norm(cpp, inputs, skip_cls=True)
+    check_gelu(cpp, *inputs[::3])
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-6, 1e15, 1e30], ids=str)
+def test_hard_sizes(cpp, size):
+    """eps decides about tiny rows; of huge ones the squares overflow (plain torch gives NaN), and they are normed."""
+    x, branch, weight, bias = operands(cpp, 2, 3, 40)
+    total, normed = add_layer_norm(x * size, branch * size, weight, bias, backend=cpp)
+    expected = norm_oracle(*(t.double() for t in (x * size, branch * size, weight, bias)))
+    torch.testing.assert_close(normed.double(), expected[1], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(total.double(), expected[0], rtol=1e-6, atol=0)
+
+
+def test_hard_curve_of_gelu(cpp):
+    """Float32 rounding of the result everywhere, and more correct digits of the lower tail than 1 + erf has."""
+    u = torch.linspace(-12, 12, 200_001).view(1, 1, -1)
+    out = bias_gelu(u, torch.zeros_like(u[0, 0]), backend=cpp).double()
+    exact = u.double() * torch.special.ndtr(u.double())
+    error = (out - exact).abs()
+    assert (error / u.double().abs().clamp_min(1)).max() < 2.5e-7 and error.mean() < 3e-8
+    tail = (u > -5) & (u < 0)
+    assert (error[tail] / exact[tail].abs()).max() < 2e-6
+
+
+def test_hard_offsets(cpp):
+    """A mean 10^5 times the deviation: the mean's own rounding must not be part of the squares."""
+    x, _, weight, bias = operands(cpp, 2, 3, 768)
+    check_norm(cpp, [x + 100_000, None, weight, bias])
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")], ids=str)
+def test_hard_infinities_stay_in_their_row(cpp, value):
+    x, branch, weight, bias = operands(cpp, 2, 4, 19)
+    clean = *add_layer_norm(x, branch, weight, bias, backend=cpp), bias_gelu(x, bias, backend=cpp)
+    x[1, 2, 17] = value
+    total, normed = add_layer_norm(x, branch, weight, bias, backend=cpp)
+    assert torch.equal(total[1, 2, 17], x[1, 2, 17]) or total[1, 2, 17].isnan() and x[1, 2, 17].isnan()
+    assert normed[1, 2].isnan().all() and normed.isnan().sum() == 19
+    out = bias_gelu(x, bias, backend=cpp)
+    assert out[1, 2, 17] == value if value > 0 else out[1, 2, 17].isnan()
+    for got, expected in zip((total, normed, out), clean, strict=True):
+        got[1, 2] = expected[1, 2] = 0
+        assert torch.equal(got, expected)

@@ -116,7 +116,16 @@ def sanitizer_cases():
         for code in codes.values():
             for weights in {0, int(case.cls == "per_group")}:
                 cls = grid.CLS_MODES.index(case.cls)
-                yield " ".join(map(str, [code, cls, weights, 2, case.tokens, 2, head_dim, *numbers]))
+                yield " ".join(map(str, ["attention", code, cls, weights, 2, case.tokens, 2, head_dim, *numbers]))
+
+
+def sanitizer_steps():
+    """Widths around every vector's, and some hundred rows, whose sums take several runs."""
+    dtypes = ((0, 0, 0), (0, 1, 0), (0, 2, 0), (1, 1, 0), (1, 1, 1), (2, 2, 0), (2, 2, 2), (3, 3, 3))
+    for codes in dtypes:
+        for dim in (*range(1, 34), 63, 64, 65, 130):
+            yield " ".join(map(str, ["steps", *codes, 2, 3, dim, dim % 2, int(dim % 3 == 0)]))
+        yield " ".join(map(str, ["steps", *codes, 2, 60, 19, 1, 1]))
 
 
 @pytest.fixture(scope="module")
@@ -131,8 +140,8 @@ def sanitized(tmp_path_factory):
     units = [(ROOT / "tests/native/sanitize.cpp", "driver", [])]
     have = [f"-DTSK_HAVE_{isa.upper()}=1" for isa in isas]
     for source in sorted((ROOT / "csrc/cpu").glob("*.cpp")):
-        if source.stem == "attention":
-            units += [(source, f"attention_{isa}", [f"-DTSK_ISA={isa}", *extra]) for isa, extra in isas.items()]
+        if source.stem in ("attention", "steps"):
+            units += [(source, f"{source.stem}_{isa}", [f"-DTSK_ISA={isa}", *extra]) for isa, extra in isas.items()]
         else:
             units.append((source, source.stem, have))
     jobs = []
@@ -149,7 +158,7 @@ def sanitized(tmp_path_factory):
 
 def test_sanitizers(sanitized):
     """Every shape, dtype and class mode on every instruction set that was compiled and that this chip runs."""
-    cases = list(sanitizer_cases())
+    cases = [*sanitizer_cases(), *sanitizer_steps()]
     done = subprocess.run([sanitized], input="\n".join(cases), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
     runs = int(done.stdout.split()[0])

@@ -90,6 +90,16 @@ TSK_INLINE Vec<C> centred(Part how, const C* x, C mean) {
   return keep_below<C>(how.load(x) - mean, how.n, C(0));
 }
 
+// The same in float64, one element after the other: of rows whose squares overflow float32.
+template <class C>
+__attribute__((noinline)) Statistics<C> wide_statistics(const C* row, int64_t D, double eps) {
+  double sum = 0, squares = 0;
+  for (int64_t i = 0; i < D; ++i) sum += double(row[i]);
+  const double mean = sum / double(D);
+  for (int64_t i = 0; i < D; ++i) squares += (double(row[i]) - mean) * (double(row[i]) - mean);
+  return {C(mean), C(mean - double(C(mean))), C(1.0 / __builtin_sqrt(squares / double(D) + eps))};
+}
+
 template <class C>
 TSK_INLINE Statistics<C> statistics(const C* row, int64_t D, double total, double eps) {
   const C mean = C(total / double(D));
@@ -99,6 +109,7 @@ TSK_INLINE Statistics<C> statistics(const C* row, int64_t D, double total, doubl
     s.second += d * d;
   });
   const double shift = t.first / double(D), variance = t.second / double(D) - shift * shift;
+  if (!(variance < __builtin_inf())) return wide_statistics(row, D, eps);
   return {mean, C(shift), C(1.0 / __builtin_sqrt((variance < 0 ? 0 : variance) + eps))};
 }
 

@@ -2,7 +2,8 @@
 // Runs the exported C functions under AddressSanitizer and UBSan. Every tensor is a heap block of exactly its size, so
 // a load or store one element outside is an error. Built and fed by tests/test_memory_safety.py; one case per input
 // line:
-//     dtype cls weights batch tokens heads head_dim  (size step) x 3 groups  (size step) x 3 sequence
+//     attention dtype cls weights batch tokens heads head_dim  (size step) x 3 groups  (size step) x 3 sequence
+//     steps dtype branch_dtype vector_dtype batch tokens dim skip_cls scaled
 // Exit code 0 when every result is finite; a sanitizer ends the process with its own report.
 #include <cmath>
 #include <cstdio>
@@ -71,10 +72,9 @@ bool finite(int32_t dtype, const Block& block, int64_t n) {
   return true;
 }
 
-int run(const std::string& line) {
+int run_attention(std::istringstream& in) {
   TskAttention a = {};
   int weights;
-  std::istringstream in(line);
   in >> a.dtype >> a.cls >> weights >> a.batch >> a.tokens >> a.heads >> a.head_dim;
   int64_t groups = 1;
   for (auto* axes : {a.groups, a.sequence})
@@ -112,6 +112,61 @@ int run(const std::string& line) {
   for (const Block& result : results)
     if (!finite(a.dtype, result, n)) return std::fprintf(stderr, "a result is not finite\n"), 1;
   return 0;
+}
+
+// All four steps: the backwards read what the forwards wrote.
+int run_steps(std::istringstream& in) {
+  TskStepCall c = {};
+  int32_t vectors;
+  int scaled;
+  in >> c.dtype >> c.branch_dtype >> vectors >> c.batch >> c.tokens >> c.dim >> c.skip_cls >> scaled;
+  c.weight_dtype = c.bias_dtype = vectors;
+  c.eps = 1e-6;
+  c.max_threads = 1;
+  const int64_t rows = c.batch * c.tokens, n = rows * c.dim;
+  // Operands with a gap behind each row but the last, which ends with the block.
+  const int64_t step = c.dim + 3, wide = rows * step - 3;
+  Block x = make(c.dtype, wide, true), branch = make(c.branch_dtype, wide, true), dout = make(c.dtype, wide, true);
+  Block weight = make(vectors, c.dim, true), bias = make(vectors, c.dim, true), scale = make(TSK_F32, rows, true);
+  Block results[] = {make(c.dtype, n, false), make(c.dtype, n, false), make(c.dtype, n, false),
+                     make(c.dtype, n, false)};
+  Block dbranch = make(c.branch_dtype, n, false);
+  Block sums[] = {make(vectors, c.dim, false), make(vectors, c.dim, false)};
+  for (int32_t s = TSK_ADD_LAYER_NORM_FWD; s <= TSK_BIAS_GELU_BWD; ++s) {
+    c.x = {x.get(), c.tokens * step, step};
+    c.branch = {branch.get(), c.tokens * step, step};
+    c.dout = c.dsum = {dout.get(), c.tokens * step, step};
+    c.weight = weight.get();
+    c.bias = bias.get();
+    if (scaled) c.row_scale = static_cast<const float*>(scale.get());
+    c.scale_batch = c.tokens;
+    c.scale_token = 1;
+    c.sum = results[0].get();
+    c.out = results[1 + (s == TSK_BIAS_GELU_FWD)].get();
+    c.dx = results[3].get();
+    c.dbranch = dbranch.get();
+    c.dweight = sums[0].get();
+    c.dbias = sums[1].get();
+    const int64_t bytes = tsk_step_workspace(&c, s);
+    if (bytes < 0) return std::fprintf(stderr, "workspace: %s\n", tsk_last_error()), 1;
+    void* memory = nullptr;
+    if (posix_memalign(&memory, 64, bytes)) return 1;
+    Block workspace(memory);
+    std::memset(memory, 0xFF, bytes);
+    c.workspace = memory;
+    if (tsk_step_run(&c, s) != TSK_OK) return std::fprintf(stderr, "step %d: %s\n", s, tsk_last_error()), 1;
+  }
+  bool good = finite(c.branch_dtype, dbranch, n);
+  for (const Block& result : results) good = good && finite(c.dtype, result, n);
+  for (const Block& sum : sums) good = good && finite(vectors, sum, c.dim);
+  return good ? 0 : (std::fprintf(stderr, "a result is not finite\n"), 1);
+}
+
+int run(const std::string& line) {
+  std::istringstream in(line);
+  std::string what;
+  in >> what;
+  return what == "steps" ? run_steps(in) : run_attention(in);
 }
 
 }  // namespace
