@@ -387,4 +387,11 @@ MUTANTS = [
     ),
     Mutant("CUDA: distance of tokens not looked at", GENERIC, "p.tokens == 1 || x.token % n == 0", "true", TILES),
     Mutant("CUDA: alignment of dout not looked at", GENERIC, "!p.dq.data || reads_wide(p, p.dout)", "true", TILES),
+    Mutant(
+        "CUDA: a score fused with what follows it, plain",
+        GENERIC,
+        "return times(products(k, p.k, query, first), p.scale); };",
+        "return products(k, p.k, query, first) * p.scale; };",
+        (FILE, "-k", "hard_inputs"),
+    ),
 ]

@@ -92,7 +92,7 @@ def gradients(run, inputs, douts):
     out = out if isinstance(out, tuple) else (out,)
     pairs = [(y, d) for y, d in zip(out, douts, strict=True) if d is not None]
     wanted = [x for x in leaves if x is not None]
-    grads = torch.autograd.grad([y for y, _ in pairs], wanted, [d.to(y.dtype) for y, d in pairs])
+    grads = torch.autograd.grad([y for y, _ in pairs], wanted, [d.to(y) for y, d in pairs])
     return [x.detach().cpu() for x in (*out, *grads)]
 
 

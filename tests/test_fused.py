@@ -173,7 +173,7 @@ def test_gelu_far_from_zero(engine, dtype):
     x = torch.linspace(-40, 40, 1601, device=device_of(engine)).to(dtype).view(1, 1, -1)
     check_gelu(engine, x, torch.zeros_like(x[0, 0]))
     huge = torch.tensor([-1e30, -1e10, 1e10, 1e30], device=x.device, dtype=dtype)
-    out, dx, _ = gradients(partial(bias_gelu, backend=engine), [huge, torch.zeros_like(huge)], [torch.ones(4)])
+    out, dx, _ = gradients(partial(bias_gelu, backend=engine), [huge, torch.zeros_like(huge)], [torch.ones_like(huge)])
     assert torch.equal(out, huge.clamp_min(0).cpu()) and torch.equal(dx, (huge > 0).to(dx))
 
 
@@ -255,7 +255,7 @@ def test_gelu_merges_dimensions_without_a_copy(engine):
 @pytest.mark.parametrize("shape", [(0, 4, 8), (2, 0, 8)], ids=str)
 def test_nothing_to_do(engine, shape):
     inputs = operands(engine, *shape)
-    empty = torch.zeros(shape)
+    empty = torch.zeros(shape, device=device_of(engine))
     got = gradients(partial(add_layer_norm, skip_cls=True, backend=engine), inputs, [empty, empty])
     assert [tuple(x.shape) for x in got] == [shape] * 4 + [(8,)] * 2 and not any(x.any() for x in got)
     out, dx, dbias = gradients(partial(bias_gelu, backend=engine), inputs[::3], [empty])

@@ -408,7 +408,7 @@ def test_backends_without_statistics_keep_their_operands_only(keeper):
 )
 def test_statistics_of_the_kernels_under_vmap(case, need):
     need("triton")
-    x = case.qkv("triton", 2, 2, 4)[0][:, None]  # [2, 1, S, H, D]
+    x = case.qkv("triton", 2, 2, 16)[0][:, None]  # [2, 1, S, H, D]
     view = grid.view(case.scheme, case.grid, case.cls, case.order)
     assert registry.get("triton").stats_size(x[0].shape, x.dtype, view) > 0
     f = lambda x: grid_attention(x, x * 2, x - 1, **case.options(backend="triton"))  # noqa: E731

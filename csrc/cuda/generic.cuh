@@ -186,7 +186,7 @@ __global__ void __launch_bounds__(32 * kGenericWarps, 1)
   for (int first = 0; first < p.members; first += 32) {
     const int key = first + lane;
     const int32_t from = member_row(p, start, key < p.members ? key : 0);
-    float x = dot_rows(tiles[warp], k, p.k, from, p.members - first, query, D, blocks.wide, lane) * p.scale;
+    float x = times(dot_rows(tiles[warp], k, p.k, from, p.members - first, query, D, blocks.wide, lane), p.scale);
     if (key >= p.members || !sees(p, at.group, member, key)) x = -INFINITY;
     const float shrink = sums.add(x);
     e[lane] = x;
@@ -238,8 +238,8 @@ __global__ void __launch_bounds__(32 * kGenericWarps, 1)
     const int32_t from = member_row(p, start, first + lane < p.members ? first + lane : 0);
     return dot_rows(tiles[warp], head, x, from, p.members - first, staged, D, blocks.wide, lane);
   };
-  auto score = [&](int first) { return products(k, p.k, query, first) * p.scale; };
-  auto value = [&](int first) { return products(v, p.v, dout, first) * share; };
+  auto score = [&](int first) { return times(products(k, p.k, query, first), p.scale); };
+  auto value = [&](int first) { return times(products(v, p.v, dout, first), share); };
 
   const int64_t index = row_index(p, at.batch, at.head, at.group, member);
   float sums[2];
@@ -258,9 +258,8 @@ __global__ void __launch_bounds__(32 * kGenericWarps, 1)
 
   float delta = 0;
   if (class_row && p.role == kGlobal) {  // over all groups: the product with what came out
-    const T* out = head_of<T>(p.out, at.batch, at.head);
-    for (int d = lane; d < D; d += 32) delta = fmaf(to_float(out[d]), dout[d], delta);
-    delta = warp_sum(delta);
+    // In the order of the products it is taken from: where one key has all the weight they are the same number.
+    delta = dot_rows(tiles[warp], head_of<const T>(p.out, at.batch, at.head), p.out, 0, 32, dout, D, false, lane);
   } else {
     for (int first = 0; first < p.members; first += 32) {
       const float x = score(first), dp = value(first);
@@ -321,14 +320,14 @@ __global__ void __launch_bounds__(32 * kGenericWarps, 1)
     const auto products = [&](const T* head, const Tensor& x, float* staged) {
       return dot_rows(tiles[warp], head, x, from, p.members - first, staged, D, blocks.wide, lane);
     };
-    const float score = products(q, p.q, key) * p.scale, dp = products(dout, p.dout, value);
+    const float score = times(products(q, p.q, key), p.scale), dp = products(dout, p.dout, value);
     weights[lane] = ds[lane] = 0;
     if (query < p.members && asks(query)) {
       const int64_t index = row_index(p, at.batch, at.head, at.group, query);
       const float share = query == 0 && p.role == kPerGroup ? class_share(p, at.batch, at.group) : 1.f;
       const float x = probability(score, p.stats + 2 * index);
       weights[lane] = x * share;
-      ds[lane] = x * (dp * share - p.delta[index]) * p.scale;
+      ds[lane] = x * (times(dp, share) - p.delta[index]) * p.scale;
     }
     __syncwarp();
     for (int i = 0; i < 32 && first + i < p.members; ++i) {

@@ -38,7 +38,11 @@ class Task:
             return Timed(lambda: run(*operands))
         leaves, wanted = self.leaves()
         if direction == "backward":
-            return Timed(lambda out: torch.autograd.grad(out, wanted, self.dout), setup=lambda: (run(*leaves),))
+            return Timed(
+                lambda out: torch.autograd.grad(out, wanted, self.dout),
+                setup=lambda: (run(*leaves),),
+                again=lambda out: torch.autograd.grad(out, wanted, self.dout, retain_graph=True),
+            )
         return Timed(lambda: torch.autograd.grad(run(*leaves), wanted, self.dout))
 
     def leaves(self) -> tuple[list[Tensor], list[Tensor]]:

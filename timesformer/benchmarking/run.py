@@ -148,7 +148,7 @@ class Run:
             info.update({f"warm_{name}": value for name, value in summary(warm[row]).items() if name != "median_ms"})
             if own is not None:
                 info.update(noise=noise(cold[own], cold[AGAIN]), warm_noise=noise(warm[own], warm[AGAIN]), noise_of=own)
-        if self.device == "cuda" and self.protocol.graphs and direction in ("forward", "forward+backward"):
+        if self.device == "cuda" and self.protocol.graphs and direction in ("forward", "backward", "forward+backward"):
             self._replay(group, {row: calls[row] for row in ready}, ready, own)
         for row, info in ready.items():
             self.record.add(group, row, info, warm_ms=summary(warm[row])["median_ms"])

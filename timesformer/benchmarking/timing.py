@@ -23,10 +23,14 @@ FLUSHED = 256 * 2**20  # bytes written, and read, to empty an L2 cache; more whe
 
 @dataclass(frozen=True)
 class Timed:
-    """run(*setup()) is one call; `run` alone is timed."""
+    """run(*setup()) is one call; `run` alone is timed.
+
+    again: as run, but its operands can be used again; None where run spends none.
+    """
 
     run: Callable
     setup: Callable[[], tuple] = tuple
+    again: Callable | None = None
 
     def __call__(self):
         return self.run(*self.setup())
@@ -147,17 +151,24 @@ def noise(once: list[float], again: list[float]) -> float:
 
 
 def capture(call: Callable):
-    """(graph, outputs): `call` as a CUDA graph, and the tensors that each replay fills."""
+    """(graph, outputs): `call` as a CUDA graph, and the tensors that each replay fills.
+
+    What a `Timed` sets up is done once and stays outside. A backward runs on the stream of its forward, which therefore
+    is that of the capture.
+    """
+    run, setup = (call.again or call.run, call.setup) if isinstance(call, Timed) else (call, tuple)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
+        operands = setup()
         for _ in range(3):  # the allocator, cuBLAS workspaces and run-time compilation come before the capture
-            call()
+            run(*operands)
     torch.cuda.current_stream().wait_stream(side)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        outputs = call()
+    with torch.cuda.graph(graph, stream=side):
+        outputs = run(*operands)
+    graph.operands = operands  # replays read them
     return graph, tensors(outputs)
 
 
@@ -179,5 +190,6 @@ def relative(got: Tensor, expected: Tensor) -> float:
 
 
 def tensors(outputs) -> tuple[Tensor, ...]:
-    """One tensor, or a tuple of them, as a tuple."""
-    return (outputs,) if isinstance(outputs, Tensor) else tuple(x for x in outputs if isinstance(x, Tensor))
+    """None, one tensor, or a tuple of them, as a tuple."""
+    outputs = outputs if isinstance(outputs, (tuple, list)) else (outputs,)
+    return tuple(x for x in outputs if isinstance(x, Tensor))

@@ -62,7 +62,8 @@ def normalise(totals, exists, eps, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK
     added = totals[0]
     for i in tl.static_range(1, BLOCKS):
         added += totals[i]
-    mean = (tl.sum(added, 1) / D)[:, None]
+    # Rounded, unlike Triton's division: in a row of equal numbers their mean has to be that number.
+    mean = tl.div_rn(tl.sum(added, 1), D * 1.0)[:, None]
     centred = ()
     for i in tl.static_range(BLOCKS):
         block = totals[i] - mean
