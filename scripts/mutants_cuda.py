@@ -392,6 +392,13 @@ MUTANTS = [
         GENERIC,
         "return times(products(k, p.k, query, first), p.scale); };",
         "return products(k, p.k, query, first) * p.scale; };",
-        (FILE, "-k", "hard_inputs"),
+        ("tests/test_cuda_generic.py", "-k", "same_number"),
+    ),
+    Mutant(
+        "CUDA: sum(p * dp) of a global class row in another order, plain",
+        GENERIC,
+        "head_of<const T>(p.out, at.batch, at.head), p.out, 0, 32, dout, D, false, lane);",
+        "head_of<const T>(p.out, at.batch, at.head), p.out, 0, 32, dout, D, false, lane) * 1.0000001f;",
+        ("tests/test_cuda_generic.py", "-k", "same_number"),
     ),
 ]

@@ -42,3 +42,12 @@ def test_one_tensor_of_odd_rows(simt, case, which, dtype):
 def test_float32_at_the_sizes_of_a_model(simt, scheme, grid, cls):
     case = Case(scheme, grid, cls)
     checked(simt, case, *make_qkv(1, case.tokens, 2, 64, torch.float32), "generic")
+
+
+@pytest.mark.parametrize("size", [1e4, 1e5])
+@pytest.mark.parametrize("scheme, cls", [("time", "exclude"), ("space", "per_group"), ("space", "global")])
+def test_a_score_is_the_same_number_in_both_directions(simt, scheme, cls, size):
+    """At scores of 1e5 the rounding of one is a hundredth of a probability; here one key has all the weight."""
+    case = Case(scheme, (2, 3, 5), cls)
+    q, k, v = make_qkv(2, case.tokens, 2, 8, torch.float32)
+    checked(simt, case, q, k * size, v, "generic")
