@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "csrc/cuda/launch.cu"
 FLAGS = ["-x", "c++", "-std=c++20", "-shared", "-fPIC", "-g1", "-I", str(ROOT / "tests/simt")]
 # Products and sums are fused as nvcc fuses them: where a score must be rounded in both directions, a test can tell.
-CONTRACTED = ["-O1", "-mfma", "-ffp-contract=fast"]
+CONTRACTED = ["-O2", "-mfma", "-ffp-contract=fast"]
 FAST = CONTRACTED
 SANITIZED = [*CONTRACTED, "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
 WARNINGS = ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-psabi"]
