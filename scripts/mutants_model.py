@@ -82,7 +82,7 @@ MUTANTS = [
         "branch * scale",
         FOLD,
     ),
-    Mutant("a fold under the eyes of a hook", MODULE, "            and not hooked(attn)\n", "", FOLD),
+    Mutant("a fold under the eyes of a hook", MODULE, "            and plain(attn, Attention)\n", "", FOLD),
     Mutant("a fold that does not pay", MODULE, "x.shape[0] * x.shape[1] > self.dim", "x.shape[0] >= 0", FOLD),
     Mutant(
         "shift of LayerNorm lost",

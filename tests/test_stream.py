@@ -170,6 +170,20 @@ def test_blocks_by_the_rule(backend, generator, kind, oracle, mode, rate, dtype)
     assert bool(drawn[0]) == (rate > 0)
 
 
+def test_a_sum_is_formed_once():
+    """Whoever asks first, sum or LayerNorm; and the caller's x is left alone."""
+    x, branch, norm = torch.randn(2, 3, 8), torch.randn(2, 3, 8), nn.LayerNorm(8)
+    expected, before = x + branch, x.clone()
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            stream = Stream(x)
+            stream.add(branch.clone())
+            assert torch.equal(stream.sum(), expected) and torch.equal(stream.sum(), expected)
+            normed, _ = stream.norm(norm, "auto")
+            torch.testing.assert_close(normed, norm(expected))
+            assert torch.equal(stream.sum(), expected) and torch.equal(x, before)
+
+
 # --- hooks ------------------------------------------------------------------------------------------------------------
 
 

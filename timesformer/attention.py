@@ -17,7 +17,7 @@ from timesformer_kernels.backends import reference
 from timesformer_kernels.grid import view
 
 from .folding import fold
-from .layers import DropPath, hooked, plain
+from .layers import DropPath, plain
 from .recompute import Source, linear, segment
 from .stream import Stream
 
@@ -218,7 +218,6 @@ class DividedSTAttention(nn.Module):
             x.shape[0] * x.shape[1] > self.dim
             and not attn.drops
             and plain(attn, Attention)
-            and not hooked(attn)
             and all(plain(layer) and layer.bias is not None for layer in (proj, fc))
         )
 

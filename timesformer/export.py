@@ -74,10 +74,8 @@ def export_onnx(model: TimeSformer, path: str | os.PathLike, **options) -> None:
     """
     _onnx()
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    if weights >= 2**31:
-        raise ValueError(
-            f"model: got {weights / 2**30:.1f} GiB of weights, expected less than the 2 GiB of an ONNX file"
-        )
+    if weights >= _ONNX_LIMIT:
+        raise ValueError(f"model: got {weights:,} bytes of weights, expected less than an ONNX file's {_ONNX_LIMIT:,}")
     program = export_program(model, **options, backend="reference")
     with _quiet():
         onnx = torch.onnx.export(

@@ -98,8 +98,8 @@ def check_preset(args) -> None:
         args.error(f"--preset: got {args.preset!r}, expected one of {', '.join(PRESETS)}")
 
 
-def load_model(args):
-    """The model, in evaluation mode, and a preset of matching clips."""
+def load_model(args, head: bool = True):
+    """The model, in evaluation mode, and a preset of matching clips. head: ValueError for a model without one."""
     import torch
 
     from .. import TimeSformer, demo
@@ -119,7 +119,7 @@ def load_model(args):
     source = demo.folder() if args.model == DEMO else args.model
     model = TimeSformer.from_pretrained(source, backend=args.backend)
     config = model.config
-    if not config.num_classes:
+    if head and not config.num_classes:
         raise ValueError(f"--model {args.model}: the checkpoint has no classifier, only features")
     if preset is None:
         named = find_preset(config.preset) if config.preset else preset_of_checkpoint(args.model)

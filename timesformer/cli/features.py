@@ -39,7 +39,7 @@ def add(commands) -> None:
         "--no-norm", dest="norm", action="store_false", help="not so (default: through it after the last layer only)"
     )
     parser.add_argument("--crops", type=int, choices=(1, 3), default=1, help="crops of each clip (default: 1)")
-    parser.add_argument("--clips", type=positive, metavar="N", help="clips along the video (kinetics; default: 1)")
+    parser.add_argument("--clips", type=positive, default=1, metavar="N", help="clips along the video (default: 1)")
     parser.add_argument("--batch-size", type=positive, default=1, metavar="N", help="clips at a time (default: 1)")
     parser.add_argument("--strict", action="store_true", help="stop at the first video that cannot be read")
     add_clips(parser)
