@@ -162,7 +162,8 @@ __global__ void __launch_bounds__(kHopperBackThreads, kHopperBackBlocks)
 
 // --- keys ------------------------------------------------------------------------------------------------------------
 
-// Of 32 queries of a stage from `first` on, of which `exist` do. The last products, of dk, are not waited for.
+// dk and dv += those of 32 queries of a stage from `first` on, of which `exist` do. What comes of dp is made while the
+// products of dv are under way; the next scores as well would be more than there are registers for.
 template <class T, int D>
 DEVICE void meet_queries(const Stages<T, D, true>& at, int stage, int first, int exist, const LeftRows<D>& k,
                          const LeftRows<D>& v, float scale, float (&dk)[D / 8][4], float (&dv)[D / 8][4]) {
@@ -198,6 +199,7 @@ DEVICE void meet_queries(const Stages<T, D, true>& at, int stage, int first, int
 #pragma unroll
   for (int i = 0; i < 2; ++i) pack_weights<T>(dw[i], s[i]);
   start_mix(dk, dw, at.keys(stage, 0), first);
+  wgmma_wait<0>();
 }
 
 // dk and dv, after the kernel of the queries
@@ -233,7 +235,6 @@ __global__ void __launch_bounds__(kHopperBackThreads, kHopperBackBlocks)
     const int left = p.length - query;
     meet_queries(at, stage, 0, left, k, v, p.scale, dk, dv);
     if (left > 32) meet_queries(at, stage, 32, left - 32, k, v, p.scale, dk, dv);
-    wgmma_wait<0>();
   });
   float* part = p.role == kNoMember ? nullptr : p.parts + 3 * part_index(p, place.batch, place.head, place.group) * D;
   block.store(p.dk, row, dk, kOnes, 0, part ? part + D : nullptr);
