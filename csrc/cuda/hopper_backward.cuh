@@ -244,8 +244,10 @@ __global__ void __launch_bounds__(kHopperBackThreads, kHopperBackBlocks)
 
 // --- host ------------------------------------------------------------------------------------------------------------
 
-// Describes what query_numbers() keeps of the patches. Its place in memory is known when there is a workspace.
+// Describes what query_numbers() keeps of the patches. Without a workspace, where no more is asked than which kernels
+// serve a call, there is nothing to describe.
 inline bool map_numbers(CUtensorMap* map, const Problem& p) {
+  if (!p.delta) return true;
   const auto encode = tensor_map_encoder();
   if (!encode) return false;
   const cuuint64_t row = 4 * sizeof(float), group = row * p.members, head = group * p.groups;

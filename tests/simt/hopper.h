@@ -32,7 +32,7 @@ inline CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType, cu
                                        const cuuint64_t* sizes, const cuuint64_t* steps, const cuuint32_t* box,
                                        const cuuint32_t* every, CUtensorMapInterleave, CUtensorMapSwizzle swizzle,
                                        CUtensorMapL2promotion, CUtensorMapFloatOOBfill) {
-  bool fine = uintptr_t(map) % 64 == 0 && rank == 5 && uintptr_t(first) % 16 == 0;
+  bool fine = first && uintptr_t(map) % 64 == 0 && rank == 5 && uintptr_t(first) % 16 == 0;
   fine = fine && box[0] * 2 % 16 == 0 && box[0] * 2 <= (swizzle == CU_TENSOR_MAP_SWIZZLE_128B ? 128 : 512);
   for (int i = 0; fine && i < 5; i++)
     fine = sizes[i] >= 1 && sizes[i] <= uint64_t(1) << 32 && box[i] >= 1 && box[i] <= 256 && every[i] == 1;
