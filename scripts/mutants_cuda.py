@@ -243,15 +243,15 @@ MUTANTS = [
     Mutant(
         "CUDA: sum(p * dp) of the mean class row taken for a group's",
         STREAMING_BACKWARD,
-        "if (p.role == kPerGroup && row + 16 * i == 0 && g == 0)",
-        "if (p.role == kPerGroup && row + 16 * i < 0 && g == 0)",
+        "if (p.role == kPerGroup && row == 0 && g == 0)",
+        "if (p.role == kPerGroup && row < 0 && g == 0)",
         KEPT,
     ),
     Mutant(
         "CUDA: share of a group missing, streaming",
         STREAMING_BACKWARD,
-        "factor[i][half] *= class_share(p, at.batch, at.group);",
-        "factor[i][half] *= 1.0f;",
+        "factor[half] *= class_share(p, at.batch, at.group);",
+        "factor[half] *= 1.0f;",
         KEPT,
     ),
     Mutant(
@@ -271,8 +271,8 @@ MUTANTS = [
     Mutant(
         "CUDA: numbers of queries that do not exist",
         STREAMING_BACKWARD,
-        "none(query + i / 3) ? 0.0f : from[i]",
-        "from[i]",
+        "none(query + i / 3) ? 0.0f : from[i / 3 * 4 + i % 3]",
+        "from[i / 3 * 4 + i % 3]",
         TILES,
     ),
     Mutant(

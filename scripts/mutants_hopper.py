@@ -8,16 +8,25 @@ TESTS = (
     "-k",
     "lengths or wide or schemes_of or keys_of_weight or order_of or other or scales or statistics",
 )
-HOPPER, PTX = "csrc/cuda/hopper.cuh", "csrc/cuda/ptx.cuh"
+BACKWARD_TESTS = (
+    "tests/test_cuda_hopper_backward.py",
+    "-k",
+    "lengths or short or weights or guard or order_of or other or weight_zero or far_below or not_finite",
+)
+HOPPER, BACKWARD, PTX = (f"csrc/cuda/{name}.cuh" for name in ("hopper", "hopper_backward", "ptx"))
 
 
 def mutant(name, before, after, source=HOPPER):
     return Mutant(f"Hopper: {name}", source, before, after, TESTS)
 
 
+def backward(name, before, after, source=BACKWARD):
+    return Mutant(f"Hopper backward: {name}", source, before, after, BACKWARD_TESTS)
+
+
 MUTANTS = [
     # What is asynchronous
-    mutant("barriers that copies do not see", "    fence_async();\n", ""),
+    mutant("barriers that copies do not see", "  fence_async();\n", ""),
     mutant(
         "scores without a fence",
         "float s[STEPS][2][4], shrink[2];\n  wgmma_fence();\n",
@@ -56,8 +65,8 @@ MUTANTS = [
     ),
     mutant(
         "fewer bytes expected than come",
-        "barrier_expect(at.full + stage, Stages<T, D>::kBytes)",
-        "barrier_expect(at.full + stage, Stages<T, D>::kBytes / 2)",
+        "barrier_expect(at.full + stage, at.kBytes)",
+        "barrier_expect(at.full + stage, at.kBytes / 2)",
     ),
     mutant(
         "panels at no multiple of 1024",
@@ -118,4 +127,112 @@ MUTANTS = [
     mutant("negative scales", "|| !(p.scale > 0)) return false;", "|| p.scale == 0) return false;"),
     mutant("an empty kernel launched", "return attributes.maxThreadsPerBlock >= kHopperThreads;", "return true;"),
     mutant("sequences of several axes", "p.sequence.count > 1 || p.group.count > 1 ||", "p.sequence.count > 3 ||"),
+    # Backward: what is asynchronous
+    backward(
+        "a stage fetched over while it is read",
+        "      barrier_wait(at.empty + free,",
+        "      if (free < 0) barrier_wait(at.empty + free,",
+    ),
+    backward("a stage waited for in the wrong round", "(stage >= 2 ? round : round - 1) & 1", "round & 1"),
+    backward("rows before they have landed", "    barrier_wait(at.full + stage, round & 1);\n", ""),
+    backward(
+        "parity of the wrong round", "barrier_wait(at.full + stage, round & 1)", "barrier_wait(at.full + stage, 0)"
+    ),
+    backward(
+        "a stage given back before it is read",
+        "    step(stage, row);\n    if ((threadIdx.x & 31) == 0) barrier_arrive(at.empty + stage);\n",
+        "    if ((threadIdx.x & 31) == 0) barrier_arrive(at.empty + stage);\n    step(stage, row);\n",
+    ),
+    backward(
+        "queries' scores not waited for",
+        "at.values(stage, 0), 0);\n  wgmma_wait<1>();",
+        "at.values(stage, 0), 0);\n  wgmma_wait<2>();",
+    ),
+    backward(
+        "dp not waited for",
+        "  wgmma_wait<0>();\n#pragma unroll\n  for (int i = 0; i < 8 * STEPS",
+        "#pragma unroll\n  for (int i = 0; i < 8 * STEPS",
+    ),
+    backward(
+        "keys' scores not waited for",
+        "at.values(stage, 0), first);\n  wgmma_wait<1>();\n#pragma unroll\n  for (int i = 0; i < 8; ++i) {  // columns",
+        "at.values(stage, 0), first);\n  wgmma_wait<2>();\n#pragma unroll\n  for (int i = 0; i < 8; ++i) {  // columns",
+    ),
+    backward(
+        "keys' dp not waited for",
+        "  start_mix(dv, w, at.values(stage, 0), first);\n  wgmma_wait<1>();\n",
+        "  start_mix(dv, w, at.values(stage, 0), first);\n  wgmma_wait<2>();\n",
+    ),
+    backward(
+        "dk not waited for",
+        "  start_mix(dk, dw, at.keys(stage, 0), first);\n  wgmma_wait<0>();\n",
+        "  start_mix(dk, dw, at.keys(stage, 0), first);\n",
+    ),
+    # Backward: where operands are, and which
+    backward(
+        "the second 32 queries are the first",
+        "meet_queries(at, stage, 32, left - 32,",
+        "meet_queries(at, stage, 0, left - 32,",
+    ),
+    backward("numbers of the first 32 queries", "at.numbers(stage) + first + 2", "at.numbers(stage) + 2"),
+    backward(
+        "dk of dout", "start_mix(dk, dw, at.keys(stage, 0), first)", "start_mix(dk, dw, at.values(stage, 0), first)"
+    ),
+    backward("dq of values", "start_mix(acc, w, at.keys(stage, 0), 0)", "start_mix(acc, w, at.values(stage, 0), 0)"),
+    backward("rows taken twice", "panel_operand(panel, first + 16 * i, 0)", "panel_operand(panel, first, 0)"),
+    backward(
+        "numbers from the class row on", "p.delta + 4 * (p.role != kNoMember)", "p.delta + 0 * (p.role != kNoMember)"
+    ),
+    backward(
+        "numbers of another head",
+        "{0, key, place.group, place.head, place.batch}",
+        "{0, key, place.group, 0, place.batch}",
+        HOPPER,
+    ),
+    backward("no workspace yet no plan", "if (!p.delta) return true;", "if (!p.delta) return false;"),
+    backward("numbers swizzled", "CU_TENSOR_MAP_SWIZZLE_NONE", "CU_TENSOR_MAP_SWIZZLE_128B"),
+    # Backward: scores, the class row
+    backward("keys that do not exist have scores", "+ (i & 1) >= exist)", "+ (i & 1) > exist)"),
+    backward("queries that do not exist have scores", "& 3) >= exist) x = 0;", "& 3) > exist) x = 0;"),
+    backward(
+        "the class key dropped",
+        "  if (p.role != kNoMember) {\n    float s[2], dp[2];",
+        "  if (p.role == kGlobal) {\n    float s[2], dp[2];",
+    ),
+    backward(
+        "the class query dropped",
+        "  if (p.role >= kPerGroup) {\n    const float* of",
+        "  if (p.role >= kGlobal) {\n    const float* of",
+    ),
+    backward(
+        "the class row a query where it is none",
+        "  if (p.role >= kPerGroup) {\n    const float* of",
+        "  if (p.role >= kKey) {\n    const float* of",
+    ),
+    backward(
+        "the class key counted in every group by its query",
+        "s[0] = 0;\n    add_one(dq, s, block.head(p.k));",
+        "s[0] *= 1;\n    add_one(dq, s, block.head(p.k));",
+    ),
+    backward(
+        "the class query counted in every group by its key",
+        "s[0] = 0;\n    add_one(dv, s, block.head(p.dout));",
+        "s[0] *= 1;\n    add_one(dv, s, block.head(p.dout));",
+    ),
+    backward(
+        "rows of a class row's lanes skipped",
+        "row == 0 && block.lane < 4) s[0] = 0;\n    add_one(dv",
+        "row == 0) s[0] = 0;\n    add_one(dv",
+    ),
+    backward("row 0 of dq left as it was", "  if (p.role == kNoMember) block.zero(p.dq);\n", ""),
+    backward("row 0 of dk left as it was", "  if (p.role == kNoMember) block.zero(p.dk), block.zero(p.dv);\n", ""),
+    backward("delta without the factor", "of.shift[half] = delta[half] * factor[half]", "of.shift[half] = delta[half]"),
+    # Backward: which calls
+    backward(
+        "an empty kernel launched",
+        "if (p.batch < 1 || !hopper_compiled(device)) return false;",
+        "if (p.batch < 1) return false;",
+    ),
+    backward("wide heads", "p.head_dim != 64 || ", "p.head_dim < 64 || "),
+    backward("sequences of several axes", "p.sequence.count > 1 || p.group.count > 1)", "p.sequence.count > 3)"),
 ]

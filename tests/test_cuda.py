@@ -409,6 +409,8 @@ SANITIZED = [  # case, head_dim
     (Case("joint", (0, 2, 3), "exclude"), 8),
     (Case("space", (5, 13, 2), "per_group"), 64),
     (Case("time", (1, 1, 300), "key"), 128),
+    (Case("time", (1, 1, 330), "per_group"), 64),
+    (Case("space", (13, 10, 2), "global"), 64),
 ]
 
 

@@ -29,8 +29,10 @@ constexpr int kHopperMost = kHopperThreads;
 constexpr int kHopperMost = 32;
 #endif
 
+// What passes by are keys and values; in the backward's second kernel, queries and dout with the numbers of each.
 struct HopperGrid {
   CUtensorMap keys, values;  // [B, H, G, L, D] of the patches
+  CUtensorMap numbers;       // [B, H, G, L, 8] of p.delta, whose four floats are as many bytes as 8 elements
   Blocks blocks{0, 0, 0, 0};
   int64_t count = 0;   // of blocks
   int32_t stages = 0;  // in use
@@ -38,11 +40,11 @@ struct HopperGrid {
 
 // --- shared memory -------------------------------------------------------------------------------------------------
 
-// Stages, each D / 64 panels of keys and as many of values; barriers.
-template <class T, int D>
+// Stages, each D / 64 panels of keys, as many of values and, with NUMBERS, four of each row; barriers.
+template <class T, int D, bool NUMBERS = false>
 struct Stages {
   static constexpr int kPanel = kHopperKeys * 64;  // elements
-  static constexpr int kBytes = 2 * kHopperKeys * D * int(sizeof(T));
+  static constexpr int kBytes = kHopperKeys * (2 * D * int(sizeof(T)) + (NUMBERS ? int(sizeof(float4)) : 0));
   T* panels;
   uint64_t *full, *empty;
 
@@ -50,44 +52,68 @@ struct Stages {
     panels = shared + (-shared_address(shared) & 1023) / sizeof(T);
     full = reinterpret_cast<uint64_t*>(panels + stages * (kBytes / int(sizeof(T)))), empty = full + stages;
   }
-  DEVICE T* keys(int stage, int panel) const { return panels + (stage * 2 * (D / 64) + panel) * kPanel; }
+  DEVICE T* keys(int stage, int panel) const { return panels + stage * (kBytes / int(sizeof(T))) + panel * kPanel; }
   DEVICE T* values(int stage, int panel) const { return keys(stage, D / 64 + panel); }
+  DEVICE float4* numbers(int stage) const { return reinterpret_cast<float4*>(values(stage, D / 64)); }
 
   static int bytes(int stages) { return 1024 + stages * (kBytes + 2 * int(sizeof(uint64_t))); }
 };
 
 // Asks for the 64 keys and values from `key` on, one thread.
-template <class T, int D>
-DEVICE void fetch_stage(const Stages<T, D>& at, int stage, int key, const HopperGrid& grid, const Place& place) {
-  barrier_expect(at.full + stage, Stages<T, D>::kBytes);
+template <class T, int D, bool NUMBERS>
+DEVICE void fetch_stage(const Stages<T, D, NUMBERS>& at, int stage, int key, const HopperGrid& grid,
+                        const Place& place) {
+  barrier_expect(at.full + stage, at.kBytes);
 #pragma unroll
   for (int panel = 0; panel < D / 64; ++panel) {
     const int from[5] = {64 * panel, key, place.group, place.head, place.batch};
     copy_box(at.keys(stage, panel), grid.keys, at.full + stage, from);
     copy_box(at.values(stage, panel), grid.values, at.full + stage, from);
   }
+  if constexpr (NUMBERS) {
+    const int from[5] = {0, key, place.group, place.head, place.batch};
+    copy_box(at.numbers(stage), grid.numbers, at.full + stage, from);
+  }
+}
+
+// The barriers and first stages, one thread. readers: the warps that each stage is read by.
+template <class T, int D, bool NUMBERS>
+DEVICE void start_stages(const Stages<T, D, NUMBERS>& at, int readers, const HopperGrid& grid, const Place& place) {
+  for (int i = 0; i < grid.stages; ++i) barrier_init(at.full + i, 1), barrier_init(at.empty + i, readers);
+  fence_async();
+  for (int i = 0; i < grid.stages; ++i) fetch_stage(at, i, kHopperKeys * i, grid, place);
 }
 
 // --- 64 queries ----------------------------------------------------------------------------------------------------
+
+// Products of a warp's rows with one row, given in memory.
+template <class T, int D>
+DEVICE void inner_one(float (&products)[2], const LeftRows<D>& rows, const T* one) {
+  const int t = threadIdx.x & 3;
+  products[0] = products[1] = 0;
+#pragma unroll
+  for (int c = 0; c < D / 8; ++c) {
+    const float2 y = unpack<T>(reinterpret_cast<const uint32_t*>(one)[4 * c + t]);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float2 x = unpack<T>(rows.x[c / 2][2 * (c & 1) + half]);
+      products[half] = fmaf(x.x, y.x, fmaf(x.y, y.y, products[half]));
+    }
+  }
+#pragma unroll
+  for (int half = 0; half < 2; ++half) products[half] = quad_sum(products[half]);
+}
 
 // Of a warp's rows against one key, given in memory: the softmax starts with it, for all rows or all but row 0.
 template <class T, int D>
 DEVICE void start_with(const T* key, const T* value, const LeftRows<D>& q, float scale, bool skip, RowSums& sums,
                        float (&acc)[D / 8][4]) {
   const int t = threadIdx.x & 3;
-  float score[2] = {}, e[2];
-#pragma unroll
-  for (int c = 0; c < D / 8; ++c) {
-    const float2 k = unpack<T>(reinterpret_cast<const uint32_t*>(key)[4 * c + t]);
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const float2 x = unpack<T>(q.x[c / 2][2 * (c & 1) + half]);
-      score[half] = fmaf(x.x, k.x, fmaf(x.y, k.y, score[half]));
-    }
-  }
+  float score[2], e[2];
+  inner_one(score, q, key);
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    float top = quad_sum(score[half]) * scale;
+    float top = score[half] * scale;
     if (skip && half == 0 && (threadIdx.x & 31) < 4) top = -INFINITY;  // lanes that hold row 0
     e[half] = ex2(top - (top == -INFINITY ? 0.0f : top));
     sums.top[half] = top, sums.total[half] = t == 0 ? e[half] : 0.0f;
@@ -166,12 +192,7 @@ __global__ void __launch_bounds__(kHopperMost, D <= 64 ? 2 : 1)
   const Place& place = block.at;
   const int warp = __shfl_sync(~0u, block.warp, 0);  // one for all lanes, as the compiler cannot know otherwise
   const int tiles = (p.members + kHopperQueries - 1) / kHopperQueries, first = 2 * place.tile + (warp >> 2);
-  if (threadIdx.x == 0) {
-    const int readers = 2 * place.tile + 1 < tiles ? kHopperWarps : kHopperWarps / 2;
-    for (int i = 0; i < grid.stages; ++i) barrier_init(at.full + i, 1), barrier_init(at.empty + i, readers);
-    fence_async();
-    for (int i = 0; i < grid.stages; ++i) fetch_stage(at, i, kHopperKeys * i, grid, place);
-  }
+  if (threadIdx.x == 0) start_stages(at, 2 * place.tile + 1 < tiles ? kHopperWarps : kHopperWarps / 2, grid, place);
   if (p.role <= kKey) block.zero(p.out);
   LeftRows<D> q;
   block.load(q, p.q, kHopperQueries * first + 16 * (warp & 3), block.asks());

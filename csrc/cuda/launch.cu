@@ -3,11 +3,10 @@
 #include "../abi.h"
 #include "class_row.cuh"
 #include "generic.cuh"
-#include "hopper.cuh"
+#include "hopper_backward.cuh"
 #include "problem.cuh"
 #include "resident_backward.cuh"
 #include "short.cuh"
-#include "streaming_backward.cuh"
 
 namespace tsk {
 namespace {
@@ -93,9 +92,12 @@ Regime regime_of(const Problem& p) {
   return short_serves(p) ? kShort : resident_serves(p) ? kResident : streaming_serves(p) ? kStreaming : kGeneric;
 }
 
-// On the current device, of that number; its plan where it is Hopper's.
-Regime regime_on(int32_t device, const Problem& p, HopperGrid* grid) {
-  return plan_hopper(p, device, grid) ? kHopper : regime_of(p);
+// On the current device, of that number. A backward of Hopper's is one of streaming's elsewhere, with its workspace.
+Regime regime_on(int32_t device, const Problem& p, HopperPlan* plan) {
+  const Regime regime = regime_of(p);
+  const bool backward = p.dq.data;
+  if (backward && regime != kStreaming) return regime;
+  return (backward ? plan_hopper_backward(p, device, plan) : plan_hopper(p, device, &plan->queries)) ? kHopper : regime;
 }
 
 const char* regime_name(Regime regime) {
@@ -119,7 +121,7 @@ int64_t place_workspace(Problem* p, bool backward, char* at) {
     const bool generic = regime == kGeneric;
     if (p->saved && keeps) p->kept = p->stats + 2 * rows;
     part(p->role != kNoMember, &p->parts, shares * 3 * p->head_dim);
-    part(generic || regime == kStreaming, &p->delta, generic ? rows : 3 * rows);
+    part(generic || regime == kStreaming, &p->delta, generic ? rows : 4 * rows);
     part(generic && !p->saved, &p->stats, rows * 2);
   } else {
     if (p->stats && keeps)
@@ -134,12 +136,12 @@ int64_t place_workspace(Problem* p, bool backward, char* at) {
 template <class T>
 int32_t forward(const Problem& p, int32_t device, cudaStream_t stream) {
   if (no_sequence(p)) return class_zero<T>(p, false, stream);
-  HopperGrid grid;
-  const Regime regime = regime_on(device, p, &grid);
+  HopperPlan plan;
+  const Regime regime = regime_on(device, p, &plan);
   int32_t status = TSK_OK;
   if (regime == kGeneric) status = generic_forward<T>(p, stream);
   if constexpr (sizeof(T) == 2) {
-    if (regime == kHopper) status = hopper_forward<T>(p, grid, stream);
+    if (regime == kHopper) status = hopper_forward<T>(p, plan.queries, stream);
     if (regime == kShort) status = short_forward<T>(p, stream);
     if (regime == kResident) status = resident_forward<T>(p, stream);
     if (regime == kStreaming) status = streaming_forward<T>(p, stream);
@@ -149,12 +151,14 @@ int32_t forward(const Problem& p, int32_t device, cudaStream_t stream) {
 }
 
 template <class T>
-int32_t backward(const Problem& p, cudaStream_t stream) {
+int32_t backward(const Problem& p, int32_t device, cudaStream_t stream) {
   if (no_sequence(p)) return class_zero<T>(p, true, stream);
-  const Regime regime = regime_of(p);
+  HopperPlan plan;
+  const Regime regime = regime_on(device, p, &plan);
   int32_t status = TSK_OK;
   if (regime == kGeneric) status = generic_backward<T>(p, stream);
   if constexpr (sizeof(T) == 2) {
+    if (regime == kHopper) status = hopper_backward<T>(p, plan, stream);
     if (regime == kShort) status = short_backward<T>(p, stream);
     if (regime == kResident) status = resident_backward<T>(p, stream);
     if (regime == kStreaming) status = streaming_backward<T>(p, stream);
@@ -212,11 +216,11 @@ int32_t run(const TskAttention* a, bool back, int32_t device, void* stream_point
   const auto stream = static_cast<cudaStream_t>(stream_pointer);
   switch (p.dtype) {
     case TSK_F32:
-      return back ? backward<float>(p, stream) : forward<float>(p, device, stream);
+      return back ? backward<float>(p, device, stream) : forward<float>(p, device, stream);
     case TSK_BF16:
-      return back ? backward<bfloat16>(p, stream) : forward<bfloat16>(p, device, stream);
+      return back ? backward<bfloat16>(p, device, stream) : forward<bfloat16>(p, device, stream);
     default:
-      return back ? backward<float16>(p, stream) : forward<float16>(p, device, stream);
+      return back ? backward<float16>(p, device, stream) : forward<float16>(p, device, stream);
   }
 }
 
@@ -247,8 +251,8 @@ TSK_API const char* tsk_cuda_regime(const TskAttention* a, int32_t backward, int
   if (tsk::prepare(*a, backward, &p)) return nullptr;
   const tsk::OnDevice guard(device);
   if (guard.status) return nullptr;
-  tsk::HopperGrid grid;
-  return tsk::regime_name(tsk::regime_on(device, p, &grid));
+  tsk::HopperPlan plan;
+  return tsk::regime_name(tsk::regime_on(device, p, &plan));
 }
 
 TSK_API int64_t tsk_cuda_workspace(const TskAttention* a, int32_t backward) {

@@ -79,7 +79,7 @@ struct Problem {
   float* stats;       // [B, H, G, M, 2] largest score and sum of exponentials of each row, see row_index()
   const float* kept;  // backward of streaming, kPerGroup: the parts of the forward, which then lie behind the stats
   float *parts, *sums;
-  float* delta;  // backward, of each row: generic [B, H, G, M] sum(p * dp); streaming [B, H, G, M, 3], see there
+  float* delta;  // backward, of each row: generic [B, H, G, M] sum(p * dp); streaming [B, H, G, M, 4], see there
   bool saved;    // backward: stats holds what the forward left
 };
 

@@ -19,8 +19,42 @@ DEVICE void add_products(float (&sums)[2], const LeftRows<D>& a, const LeftRows<
   }
 }
 
-// dq, and in p.delta, [B, H, G, M, 3], the largest score in units of log2, the factor that makes an exponential a
-// probability, and sum(p * dp) times the scale of every query.
+// Of a warp's 16 queries from `row` on, rows g and g + 8 of each lane: the largest score in units of log2, the factor
+// that makes an exponential a probability, and sum(p * dp) times the scale. Kept in p.delta, [B, H, G, M, 4].
+template <class T, int D>
+DEVICE void query_numbers(const Sequence<T, D>& block, int row, const LeftRows<D>& dout, float (&top)[2],
+                          float (&factor)[2], float (&delta)[2]) {
+  const Problem& p = block.p;
+  const Place& at = block.at;
+  const int g = block.lane >> 2, t = block.lane & 3;
+  LeftRows<D> out;
+  block.load(out, p.out, row, block.asks());
+  delta[0] = delta[1] = 0;
+  add_products<T, D>(delta, dout, out);
+  if (p.role == kPerGroup && row == 0 && g == 0) {  // row 0 of out is a mean: the group's own is kept
+    const float* own = p.kept + part_index(p, at.batch, at.head, at.group) * D + 2 * t;
+    delta[0] = 0;
+#pragma unroll
+    for (int c = 0; c < D / 8; ++c) {
+      const float2 x = unpack<T>(dout.x[c >> 1][2 * (c & 1)]);
+      delta[0] = fmaf(x.y, own[8 * c + 1], fmaf(x.x, own[8 * c], delta[0]));
+    }
+  }
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int member = row + g + 8 * half;
+    const bool asks = member >= block.asks() && member < p.members;
+    const int64_t index = row_index(p, at.batch, at.head, at.group, asks ? member : p.members - 1);
+    top[half] = log2_top(p.stats[2 * index]), factor[half] = reciprocal(p.stats[2 * index + 1]);
+    delta[half] = quad_sum(delta[half]) * p.scale;
+    // What a group counts for in the class row's output is a factor of that row's dout.
+    if (p.role == kPerGroup && member == 0) factor[half] *= class_share(p, at.batch, at.group);
+    if (t == 0 && asks)
+      *reinterpret_cast<float4*>(p.delta + 4 * index) = make_float4(top[half], factor[half], delta[half], 0);
+  }
+}
+
+// dq and what query_numbers() keeps
 template <class T, int D>
 __global__ void __launch_bounds__(32 * stream_warps(D, true), 2)
     streaming_queries_kernel(const __grid_constant__ Problem p, const __grid_constant__ Blocks blocks) {
@@ -29,39 +63,15 @@ __global__ void __launch_bounds__(32 * stream_warps(D, true), 2)
   SHARED_DYN(T, shared);
   const Sequence<T, D> block(p, blocks);
   const Place& at = block.at;
-  const int g = block.lane >> 2, t = block.lane & 3, row = 16 * kTiles * (at.tile * block.warps + block.warp);
+  const int row = 16 * kTiles * (at.tile * block.warps + block.warp);
   if (p.role == kNoMember) block.zero(p.dq);
   LeftRows<D> q[kTiles], dout[kTiles];
-  float top[kTiles][2], factor[kTiles][2], delta[kTiles][2] = {};
+  float top[kTiles][2], factor[kTiles][2], delta[kTiles][2];
 #pragma unroll
   for (int i = 0; i < kTiles; ++i) {
-    LeftRows<D> out;
     block.load(q[i], p.q, row + 16 * i, block.asks());
     block.load(dout[i], p.dout, row + 16 * i, block.asks());
-    block.load(out, p.out, row + 16 * i, block.asks());
-    add_products<T, D>(delta[i], dout[i], out);
-    if (p.role == kPerGroup && row + 16 * i == 0 && g == 0) {  // row 0 of out is a mean: the group's own is kept
-      const float* own = p.kept + part_index(p, at.batch, at.head, at.group) * D + 2 * t;
-      delta[i][0] = 0;
-#pragma unroll
-      for (int c = 0; c < D / 8; ++c) {
-        const float2 x = unpack<T>(dout[i].x[c >> 1][2 * (c & 1)]);
-        delta[i][0] = fmaf(x.y, own[8 * c + 1], fmaf(x.x, own[8 * c], delta[i][0]));
-      }
-    }
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int member = row + 16 * i + g + 8 * half;
-      const bool asks = member >= block.asks() && member < p.members;
-      const int64_t index = row_index(p, at.batch, at.head, at.group, asks ? member : p.members - 1);
-      top[i][half] = log2_top(p.stats[2 * index]), factor[i][half] = reciprocal(p.stats[2 * index + 1]);
-      delta[i][half] = quad_sum(delta[i][half]) * p.scale;
-      // What a group counts for in the class row's output is a factor of that row's dout.
-      if (p.role == kPerGroup && member == 0) factor[i][half] *= class_share(p, at.batch, at.group);
-      if (t != 0 || !asks) continue;
-      float* to = p.delta + 3 * index;
-      to[0] = top[i][half], to[1] = factor[i][half], to[2] = delta[i][half];
-    }
+    query_numbers(block, row + 16 * i, dout[i], top[i], factor[i], delta[i]);
   }
 
   float dq[kTiles][D / 8][4] = {};
@@ -119,9 +129,9 @@ __global__ void __launch_bounds__(32 * stream_warps(D, true), 2)
   const Stream<T, D> queries{block, shared, p.q, p.dout, block.asks()};
   const auto none = [&](int member) { return member < block.asks() || member >= p.members; };
   const auto ready = [&](int turn, int query) {
-    const float* from = p.delta + 3 * row_index(p, at.batch, at.head, at.group, query);
+    const float* from = p.delta + 4 * row_index(p, at.batch, at.head, at.group, query);
     for (int i = threadIdx.x; i < 3 * kStreamRows; i += blockDim.x)
-      numbers[3 * kStreamRows * turn + i] = none(query + i / 3) ? 0.0f : from[i];
+      numbers[3 * kStreamRows * turn + i] = none(query + i / 3) ? 0.0f : from[i / 3 * 4 + i % 3];
   };
   queries.run(ready, [&](int turn, int first) {
     if (row >= block.rows) return;

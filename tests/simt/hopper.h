@@ -22,22 +22,23 @@ struct alignas(64) CUtensorMap {  // opaque: 128 bytes
   uint64_t steps[4];  // bytes
   uint32_t sizes[5];
   uint16_t box[5];
-  bool encoded;
+  bool encoded, swizzle;
 };
 #pragma GCC visibility push(hidden)
 
-// Of 16-bit elements, five dimensions, without interleaving, 128-byte swizzle: what is documented to be refused is.
+// Of 16-bit elements, five dimensions, without interleaving, 128-byte swizzle or none: what is documented to be refused
+// is.
 inline CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType, cuuint32_t rank, void* first,
                                        const cuuint64_t* sizes, const cuuint64_t* steps, const cuuint32_t* box,
                                        const cuuint32_t* every, CUtensorMapInterleave, CUtensorMapSwizzle swizzle,
                                        CUtensorMapL2promotion, CUtensorMapFloatOOBfill) {
-  bool fine = uintptr_t(map) % 64 == 0 && rank == 5 && uintptr_t(first) % 16 == 0;
-  fine = fine && swizzle == CU_TENSOR_MAP_SWIZZLE_128B && box[0] * 2 % 16 == 0 && box[0] * 2 <= 128;
+  bool fine = first && uintptr_t(map) % 64 == 0 && rank == 5 && uintptr_t(first) % 16 == 0;
+  fine = fine && box[0] * 2 % 16 == 0 && box[0] * 2 <= (swizzle == CU_TENSOR_MAP_SWIZZLE_128B ? 128 : 512);
   for (int i = 0; fine && i < 5; i++)
     fine = sizes[i] >= 1 && sizes[i] <= uint64_t(1) << 32 && box[i] >= 1 && box[i] <= 256 && every[i] == 1;
   for (int i = 0; fine && i < 4; i++) fine = steps[i] % 16 == 0 && steps[i] < uint64_t(1) << 40;
   if (!fine) return CUDA_ERROR_INVALID_VALUE;
-  *map = {static_cast<const char*>(first), {}, {}, {}, true};
+  *map = {static_cast<const char*>(first), {}, {}, {}, true, swizzle == CU_TENSOR_MAP_SWIZZLE_128B};
   for (int i = 0; i < 5; i++) map->sizes[i] = uint32_t(sizes[i]), map->box[i] = uint16_t(box[i]);
   for (int i = 0; i < 4; i++) map->steps[i] = steps[i];
   return CUDA_SUCCESS;
@@ -142,15 +143,16 @@ inline void land_box(const Box& b) {
   const CUtensorMap& m = b.map;
   int64_t bytes = 0;
   each_row(b, [&](uint32_t to, const int64_t (&at)[5]) {
-    alignas(16) char row[128] = {};
+    alignas(16) char row[512] = {};
     const char* from = m.first;
     bool inside = true;
     for (int i = 1; i < 5; i++) inside &= at[i] >= 0 && at[i] < m.sizes[i], from += at[i] * int64_t(m.steps[i - 1]);
     for (int i = 0; inside && i < m.box[0]; i++)
       if (at[0] + i >= 0 && at[0] + i < m.sizes[0]) memcpy(row + 2 * i, from + 2 * (at[0] + i), 2);
     for (uint32_t i = 0; i < row_bytes(m); i += 16) {
-      memcpy(at_address(swizzled(to + i), 16), row + i, 16);
-      by_copy[(swizzled(to + i) - kWindow) / 16] = 1;
+      const uint32_t place = m.swizzle ? swizzled(to + i) : to + i;
+      memcpy(at_address(place, 16), row + i, 16);
+      by_copy[(place - kWindow) / 16] = 1;
     }
     bytes += row_bytes(m);
   });
