@@ -112,7 +112,7 @@ class Attention(nn.Module):
 
 
 def _grid(x: Tensor, frames: int, cls: str) -> tuple[int, int, int]:
-    return (x.shape[1] - (cls != "none")) // frames, 1, frames
+    return (x.shape[1] - int(cls != "none")) // frames, 1, frames
 
 
 def _check(x: Tensor, frames: int, dim: int, class_token: bool) -> None:
@@ -223,7 +223,7 @@ class DividedSTAttention(nn.Module):
 
     def _locations(self, x: Tensor, frames: int) -> Tensor:
         """The factors of stochastic depth in time, one per location: [B, S]."""
-        locations = (x.shape[1] - self.class_token) // frames
+        locations = (x.shape[1] - int(self.class_token)) // frames
         return self._per_token(self.drop_path.draw(x.shape[0], locations, 1, like=x), x, frames)
 
     def _space(self, stream: Stream, frames: int, class_row_only: bool) -> None:

@@ -17,8 +17,8 @@ from .grid import View
 def forward_flops(q, k, v, groups, sequence, cls, *_, out_shape=None, **__) -> int:
     """Two products of 2 head_dim FLOP for each query-key pair."""
     (batch, tokens, heads, head_dim), view = q, View.from_flat(groups, sequence, cls)
-    queries = view.length + (cls == "per_group")
-    pairs = view.num_groups * queries * (view.length + (cls in ("per_group", "key", "global")))
+    queries = view.length + int(cls == "per_group")
+    pairs = view.num_groups * queries * (view.length + int(cls in ("per_group", "key", "global")))
     return 4 * batch * heads * head_dim * (pairs + (tokens if cls == "global" else 0))
 
 

@@ -105,7 +105,7 @@ class View(NamedTuple):
     @property
     def members(self) -> int:
         """M: the patches of a sequence, and the class row where it takes part."""
-        return self.length + (self.cls not in ("none", "exclude"))
+        return self.length + int(self.cls not in ("none", "exclude"))
 
     def rows(self, device: torch.device | str = "cpu") -> Tensor:
         """Token row of every member of every sequence: [G, L] int64."""
@@ -233,7 +233,7 @@ def view_of_frames(scheme: str, tokens: int, frames: int, cls: str, order: str) 
         raise ValueError(f"cls: got {cls!r}, expected one of {', '.join(CLS_MODES)}")
     if not _is_count(frames):
         raise ValueError(f"frames: got {frames!r}, expected a non-negative integer")
-    patches = tokens - (cls != "none")
+    patches = tokens - int(cls != "none")  # torch 2.11 takes no bool from a symbol
     if patches < 0 or (patches if frames == 0 else patches % frames):
         row = "" if cls == "none" else f" + 1 class row (cls={cls!r})"
         raise ValueError(f"q: got {tokens} tokens, expected a multiple of frames = {frames}{row}")
@@ -243,7 +243,7 @@ def view_of_frames(scheme: str, tokens: int, frames: int, cls: str, order: str) 
 def check_grid(tokens: int, grid: tuple[int, int, int], cls: str) -> None:
     """The number of tokens must be that of the grid, with the class row where the mode has one."""
     height, width, frames = grid
-    expected = height * width * frames + (cls != "none")
+    expected = height * width * frames + int(cls != "none")
     if tokens != expected:
         row = "" if cls == "none" else f" + 1 class row (cls={cls!r})"
         raise ValueError(f"q: got {tokens} tokens, expected {expected} = {height} x {width} x {frames}{row}")
