@@ -11,7 +11,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
-from .classify import DEFAULT_MODEL, UNTRAINED, check_preset
+from .classify import DEFAULT_MODEL, DEMO, UNTRAINED, check_preset
 from .common import add_backend, add_command, check_backend, count, positive
 
 # Command-line name of every field of the recipe that can be given. None: what the recipe says.
@@ -50,7 +50,7 @@ def add(commands) -> None:
     parser.add_argument(
         "--model",
         metavar="ID|PATH",
-        help=f"weights to start from: hub id, folder or file, TimeSformer or image ViT; or {UNTRAINED!r} "
+        help=f"weights to start from: hub id, folder or file, TimeSformer or image ViT; {DEMO!r} or {UNTRAINED!r} "
         f"(default: {DEFAULT_MODEL}; for a --task {UNTRAINED})",
     )
     parser.add_argument("--config", metavar="JSON", help=f"sizes of an {UNTRAINED} model: fields of TimeSformerConfig")
@@ -169,15 +169,15 @@ def _pretrained(args, folder):
     """(a trained model with a new head for other classes, its preset)."""
     import torch
 
-    from .. import TimeSformer
+    from .. import TimeSformer, demo
     from ..presets import preset_of_checkpoint
 
     wanted = {"num_frames": args.frames, "img_size": args.img_size, "attention_type": args.attention}
-    source = args.model or DEFAULT_MODEL
+    source = demo.folder() if args.model == DEMO else args.model or DEFAULT_MODEL
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(args.seed or 0)  # of the new head
         model = TimeSformer.from_pretrained(source, num_classes=len(folder.classes), backend=args.backend, **wanted)
-    released = preset_of_checkpoint(source)
+    released = preset_of_checkpoint(str(source))
     preset = _preset(args, model.config.preset or (released and released.name))
     size = model.config.img_size if isinstance(model.config.img_size, int) else min(model.config.img_size)
     preset = _sized(args, replace(preset, img_size=size, num_frames=model.config.num_frames))
