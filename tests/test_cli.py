@@ -356,7 +356,8 @@ def test_env(capsys):
     report = json.loads(out)
     assert code == 0
     assert report["torch"] == torch.__version__
-    assert set(report["optional"]) == {"av", "tqdm", "safetensors", "huggingface_hub", "transformers"}
+    optional = {"av", "tqdm", "safetensors", "huggingface_hub", "transformers", "onnx", "onnxscript", "onnxruntime"}
+    assert set(report["optional"]) == optional
     assert report["backends"]["cpu"]["float32"]["reference"] is None
     code, out, _ = call(capsys, "env")
     assert code == 0 and "reference" in out and f"av               {report['optional']['av']}" in out

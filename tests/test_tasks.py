@@ -125,7 +125,7 @@ def learnt(tmp_path_factory):
     """The same brief training, divided and space-only: folders of the trained models."""
     folder = tmp_path_factory.mktemp("learnt")
     argv = ["--task", "direction", "--frames", 4, "--img-size", 24, "--epochs", 1, "--threads", 1]
-    for kind, clips in (("divided_space_time", 9600), ("space_only", 6400)):
+    for kind, clips in (("divided_space_time", 9600), ("space_only", 16000)):
         assert train(*argv, "--clips", clips, "--attention", kind, "--out", folder / kind, "--log-every", 50) == 0
     return folder
 
