@@ -257,16 +257,22 @@ __global__ void __launch_bounds__(32 * kGenericWarps, 1)
   }
 
   float delta = 0;
-  if (class_row && p.role == kGlobal) {  // over all groups: the product with what came out
-    // In the order of the products it is taken from: where one key has all the weight they are the same number.
-    delta = dot_rows(tiles[warp], head_of<const T>(p.out, at.batch, at.head), p.out, 0, 32, dout, D, false, lane);
-  } else {
-    for (int first = 0; first < p.members; first += 32) {
-      const float x = score(first), dp = value(first);
-      if (first + lane < p.members) delta = fmaf(probability(x, sums), dp, delta);
-    }
-    delta = warp_sum(delta);
+  // Of a global class row, over all groups, it is the product with what came out, formed in the order of the products
+  // it is taken from: where one key has all the weight they are the same number.
+  const bool whole = class_row && p.role == kGlobal;
+  for (int first = 0; first < (whole ? 1 : p.members); first += 32) {
+    const int key = first + lane;
+    const int32_t from = whole ? 0 : member_row(p, start, key < p.members ? key : 0);
+    const Tensor& x = whole ? p.out : p.v;
+    const float dp = times(dot_rows(tiles[warp], head_of<const T>(x, at.batch, at.head), x, from,
+                                    whole ? 32 : p.members - first, dout, D, !whole && blocks.wide, lane),
+                           share);
+    if (whole)
+      delta = lane == 0 ? dp : 0.0f;
+    else if (const float score_of_key = score(first); key < p.members)
+      delta = fmaf(probability(score_of_key, sums), dp, delta);
   }
+  delta = warp_sum(delta);
   if (lane == 0) p.delta[index] = delta;
 
   float dq[N] = {};

@@ -14,10 +14,16 @@ namespace tsk {
 constexpr int kResidentKeys = 64;     // that arrive together
 constexpr int kResidentNarrow = 128;  // members up to which a warp has 16 queries
 
+// Blocks that a multiprocessor is to hold. On 12.x the assembler would spill for the second one.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
+constexpr int kResidentNarrowBlocks = 1;
+#else
+constexpr int kResidentNarrowBlocks = 2;
+#endif
+constexpr int resident_blocks(int D, int tiles) { return tiles == 2 ? 3 : D == 128 ? 1 : kResidentNarrowBlocks; }
+
 template <class T, int D, int TILES>
-__global__ void __launch_bounds__(TILES == 2 ? 128 : 256, TILES == 2 ? 3
-                                                          : D == 128 ? 1
-                                                                     : 2)
+__global__ void __launch_bounds__(TILES == 2 ? 128 : 256, resident_blocks(D, TILES))
     resident_forward_kernel(const __grid_constant__ Problem p, const __grid_constant__ Blocks blocks) {
   constexpr int kSteps = TILES == 2 ? 1 : 4;  // of 16 keys, between two corrections of the sums
   SHARED_DYN(T, shared);
