@@ -66,8 +66,8 @@ MUTANTS = [
     Mutant(
         "a class row that takes no part is a member",
         GRID_PY,
-        'self.length + (self.cls not in ("none", "exclude"))',
-        'self.length + (self.cls not in ("none",))',
+        'self.length + int(self.cls not in ("none", "exclude"))',
+        'self.length + int(self.cls not in ("none",))',
         TESTS,
     ),
     Mutant(
