@@ -253,7 +253,7 @@ __global__ void __launch_bounds__(32 * kGenericWarps, 1)
       made.add(x);
     }
     sums[0] = made.top, sums[1] = made.total;
-    if (lane < 2) p.stats[2 * index + lane] = sums[lane];
+    if (lane < 2) p.stats[2 * index + lane] = lane ? sums[1] : sums[0];
   }
 
   float delta = 0;
