@@ -73,9 +73,6 @@ MUTANTS = [
         "const bool first = part && member == 1,",
         LONG,
     ),
-    Mutant(
-        "CUDA: a score rounded on its way to the backward", ROWS, "total * ex2(top - log2_top(natural))", "total", KEPT
-    ),
     # A block with a whole sequence
     Mutant(
         "CUDA: keys before they have landed",
