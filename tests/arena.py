@@ -4,6 +4,9 @@
 from contextlib import contextmanager
 
 import torch
+from torch.utils._device import _device_constructors
+
+_device_constructors()  # cached now: it must hold torch's own functions, or `with torch.device(...)` misses the patched ones
 
 GUARD = 4096  # bytes before and after every tensor
 REAL = {

@@ -432,6 +432,10 @@ def test_the_benchmarks_end_with_a_choice(gpu, tmp_path):
     result = json.loads((folder / "0.json").read_text()) | {"datetime": "2031-02-03T04:05:06+00:00"}
     (folder / "0.json").write_text(json.dumps(result))
     command = stage.commands(gpu.stages.Context(ROOT, folder, "full", 30.0))[-1]
+    rule = dict(architecture="any", dtypes=["bfloat16"], head_dim=[1, 128], members=[0, 16], backend="triton")
+    rule |= {"reason": {"expected": "so"}}
+    (tmp_path / "present.json").write_text(json.dumps({"rules": [rule]}))  # whatever the package's own say by now
+    command = [*command, "--table", str(tmp_path / "present.json")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and "instead of triton: sm_90, bfloat16" in done.stdout, done.stdout + done.stderr
     assert gpu.findings.chosen(context(gpu, folder))[1]["choice"][0]["backend"] == "cuda"

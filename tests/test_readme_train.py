@@ -29,7 +29,7 @@ def section():
 
 
 def run_apart(line):
-    """What one line prints in processes of its own: where fresh memory is not NaN, the new head is the users' own."""
+    """What one line prints in processes of its own."""
     command = shlex.split(line)
     module = {"timesformer": "timesformer.cli", "torchrun": "torch.distributed.run"}[command[0]]
     command = [sys.executable, "-m", module, *command[1:]]
@@ -53,7 +53,7 @@ def test_commands(tmp_path, monkeypatch, capsys):
     videos(tmp_path / "videos", "val", size=(48, 64), frames=24, per_class=1, seed=1)
     (block,) = re.findall(r"^```bash\n(.*?)^```", section(), re.MULTILINE | re.DOTALL)
     first, again, several, evaluate, classify, drawn = block.splitlines()
-    assert "validation: " in run_apart(first)
+    assert "validation: " in run(first, capsys)
     trained = bits(Path("run"))
     run(again, capsys)
     assert bits(Path("run")) == trained
