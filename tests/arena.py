@@ -6,7 +6,8 @@ from contextlib import contextmanager
 import torch
 from torch.utils._device import _device_constructors
 
-_device_constructors()  # cached now: it must hold torch's own functions, or `with torch.device(...)` misses the patched ones
+# Cached now: it must hold torch's own functions, or `with torch.device(...)` would miss the patched ones.
+_device_constructors()
 
 GUARD = 4096  # bytes before and after every tensor
 REAL = {
