@@ -119,7 +119,7 @@ def alive(pid):
 def test_a_stopped_stage_may_write_what_it_found(run, gpu, monkeypatch):
     monkeypatch.setattr(gpu.check, "GRACE", 10.0)  # what a busy machine needs, not what is waited for
     slow = f"import time\ntry:\n    time.sleep(90)\nexcept KeyboardInterrupt:\n    {PASS}"
-    (result,) = run({"slow": slow}, seconds=20.0, limit=20).values()
+    (result,) = run({"slow": slow}, seconds=24.0, limit=24).values()
     assert result["status"] == "timed out" and result["finding"].endswith("fine")
 
 
