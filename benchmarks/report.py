@@ -141,6 +141,13 @@ def overhead(rows: dict[str, dict]) -> str:
     return table(["", "microseconds per call"], lines)
 
 
+def video(rows: dict[str, dict]) -> str:
+    model = rows["model"]["interleaved_median_ms"]
+    times = {row: info["interleaved_median_ms"] for row, info in rows.items()}
+    lines = [[row, f"{ms:.1f}", f"{ms / model:.1%}"] for row, ms in times.items()]
+    return table(["", "ms", "of the model's forward"], lines)
+
+
 def standard(rows: dict[str, dict]) -> str:
     """Every cost of a row. x: so many times as fast as that row is our first one. A column that nobody fills is left
     out."""
@@ -173,7 +180,8 @@ def largest(rows: dict[str, dict]) -> str:
     return table(["", "clips", "what stops it at twice as many"], lines)
 
 
-TABLES = {"attention": attention, "model": model, "overhead": overhead, "module": standard, "largest": largest}
+TABLES = {"attention": attention, "model": model, "overhead": overhead, "module": standard}
+TABLES |= {"video": video, "largest": largest}
 
 
 def table_of(rows: dict[str, dict]) -> str:
@@ -245,7 +253,7 @@ def summary(result: dict, row: str = "cpp") -> str:
     lines, others = [], []
     for rows in groups(result).values():
         facts = next(iter(rows.values()))
-        if facts["kind"] in ("model", "module"):
+        if facts["kind"] in ("model", "module", "video"):
             others.append(caption(rows, result) + "\n\n" + table_of(rows))
         elif facts["kind"] == "attention" and row in measured(rows):
             cells = [line.strip("| ").split(" | ") for line in attention(rows).splitlines()]

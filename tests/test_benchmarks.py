@@ -89,6 +89,12 @@ def test_model_rows_hold_memory_and_the_ratio_to_the_products(tiny):
     assert len({i["row"] for i in infos(tiny[0], "overhead")}) >= 2
 
 
+def test_what_comes_before_the_model_is_timed_beside_it(tiny):
+    rows = {info["row"]: info["interleaved_median_ms"] for info in infos(tiny[0], "video")}
+    assert rows.keys() == {"consecutive", "spread", "convert", "model"} and min(rows.values()) > 0
+    assert rows["spread"] > rows["convert"]  # it decodes some 200 frames more
+
+
 def test_every_level_has_rows_of_ours_and_of_others(tiny):
     found = {}
     for kind in ("module", "model"):

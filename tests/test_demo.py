@@ -84,17 +84,35 @@ def test_clips_from_h264_files_are_named_right():
     assert len(wrong) <= 2, wrong
 
 
-def test_the_script_counts_and_lists_mistakes(capsys, monkeypatch):
-    module = script("demo_accuracy")
+def test_the_script_counts_and_lists_mistakes(capsys, monkeypatch, tmp_path):
+    module, file = script("demo_accuracy"), tmp_path / "accuracy.json"
     answer = demo.Answer("disc moves up", 0.9, "disc moves down", 0.1)
     monkeypatch.setattr(module, "Namer", lambda: lambda path: answer)
-    monkeypatch.setattr("sys.argv", ["demo_accuracy.py", "--clips", "3", "--seed", "0"])
+    monkeypatch.setattr("sys.argv", ["demo_accuracy.py", "--clips", "3", "--seeds", "0", "7", "--json", str(file)])
     truths = [TASKS["scenes"][scene("scenes", seed).label] for seed in range(3)]
     assert "disc moves up" not in truths
     assert module.main() == 1
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"clip 0: {truths[0]}, named disc moves up (90.0 %)"
-    assert lines[-1] == "0 of 3 clips named right: 0.0 %"
+    assert lines[3] == "0 of 3 clips from 0 on named right: 0.0 %" and lines[-1].startswith("0 of 3 clips from 7 on")
+    record = json.loads(file.read_text())
+    assert [(seed, found["right"], len(found["wrong"])) for seed, found in record["seeds"].items()] == [
+        ("0", 0, 3),
+        ("7", 0, 3),
+    ]
+    monkeypatch.setattr(module, "Namer", lambda: lambda path: next(answers))
+    answers = (demo.Answer(TASKS["scenes"][scene("scenes", seed).label], 1.0, "", 0.0) for seed in range(3))
+    monkeypatch.setattr("sys.argv", ["demo_accuracy.py", "--clips", "3", "--seeds", "0"])
+    assert module.main() == 0 and capsys.readouterr().out.startswith("3 of 3 clips")
+
+
+def test_the_committed_figures():
+    """Of the README: three runs of fresh clips, each above the goal."""
+    (path,) = (ROOT / "benchmarks" / "results").glob("demo-accuracy-*.json")
+    seeds = json.loads(path.read_text())["seeds"]
+    assert len(seeds) == 3 and all(found["clips"] == 200 and found["right"] >= 190 for found in seeds.values())
+    rights = [str(found["right"]) for found in seeds.values()]
+    assert f"{rights[0]}, {rights[1]} and {rights[2]} of 200" in (ROOT / "README.md").read_text().replace("\n", " ")
 
 
 def test_the_model_sees_motion_not_pictures(namer, tmp_path):

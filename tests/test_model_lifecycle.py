@@ -184,7 +184,7 @@ def test_a_hook_sees_every_token(generator, kind):
     model, video, shapes = make(generator, kind), clip(generator), []
     with torch.no_grad():
         exact = model(video)
-    rows = model.blocks[1](model._embed(video), 1 if kind == "space_only" else 4).shape[1]
+    rows = model.blocks[1](model._embed(video).sum(), 1 if kind == "space_only" else 4).shape[1]
     hook = model.blocks[1].mlp.register_forward_hook(lambda m, args, out: shapes.append(out.shape[1]))
     for context in (torch.no_grad, torch.enable_grad):
         with context():

@@ -61,6 +61,25 @@ FORWARD = dict(add_layer_norm_fwd=6, bias_gelu_fwd=2)
 BACKWARD = dict(add_layer_norm_bwd=6, bias_gelu_bwd=2)
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_the_embedding_is_summed_in_the_first_norm(counted, generator, monkeypatch, training):
+    """No LayerNorm of a block reads a sum that another pass has written; the table is one for all clips."""
+    name, _ = counted
+    seen, own = [], steps.resolve(name, device_of(name), torch.float32, 32)[1]
+
+    def forward(x, branch, *options):
+        seen.append((x.stride(0), branch is not None))
+        return own.add_layer_norm_fwd(x, branch, *options)
+
+    monkeypatch.setitem(steps._LOADERS, name, lambda: own._replace(add_layer_norm_fwd=forward))
+    steps.resolve.cache_clear()
+    model = model_on(name, generator).train(training)
+    with torch.set_grad_enabled(training):
+        model(clip(generator, 2, 2, 16, 16, torch.float32).to(device_of(name)))
+    assert len(seen) == 6 and all(merged for _, merged in seen)
+    assert [stride == 0 for stride, _ in seen] == [True] + [False] * 5
+
+
 def test_inference_takes_the_fused_steps(counted, generator):
     name, calls = counted
     model = model_on(name, generator).eval()

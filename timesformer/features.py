@@ -34,7 +34,7 @@ def layer_outputs(model: TimeSformer, video: Tensor, last: int | None = None) ->
     """
     model._check(video)
     frames = 1 if model.config.attention_type == "space_only" else video.shape[2]
-    x = model._embed(video)
+    x = model._embed(video).sum()
     yield x
     for block in model.blocks if last is None else model.blocks[: last + 1]:
         x = block(x, frames)

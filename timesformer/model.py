@@ -20,7 +20,7 @@ from timesformer_kernels.registry import get as get_backend
 from . import folding, weights
 from .attention import DividedSTAttention, JointSTAttention
 from .config import TimeSformerConfig
-from .layers import hooked, pair, plain, residual
+from .layers import hooked, pair, plain
 from .mlp import Mlp
 from .patches import PatchEmbed
 from .recompute import segment
@@ -318,7 +318,7 @@ class TimeSformer(nn.Module):
         self._check(video)
         batch, frames = video.shape[0], video.shape[2]
         space_only = self.config.attention_type == "space_only"
-        x = self._through_blocks(Stream(self._embed(video)), 1 if space_only else frames)[:, 0]
+        x = self._through_blocks(self._embed(video), 1 if space_only else frames)[:, 0]
         if space_only:  # features are averaged over frames, before the LayerNorm
             x = x.unflatten(0, (batch, frames)).mean(1)
         return self.norm(x)
@@ -354,20 +354,26 @@ class TimeSformer(nn.Module):
         if video.dtype != weight.dtype and (device == "meta" or not torch.is_autocast_enabled(device)):
             raise ValueError(f"video: got dtype {video.dtype}, expected the model's, {weight.dtype}")
 
-    def _embed(self, video: Tensor) -> Tensor:
-        """video -> tokens [B, 1 + N*T, dim], or [B*T, 1 + N, dim] for space-only models."""
+    def _embed(self, video: Tensor) -> Stream:
+        """video -> tokens [B, 1 + N*T, dim], or [B*T, 1 + N, dim] for space-only models.
+
+        The products of the patches are left as a branch beside the table of class token, positions and times: sum and
+        first LayerNorm are one pass.
+        """
         p, q = self.patch_embed.proj.kernel_size
         frames, grid = video.shape[2], (video.shape[3] // p, video.shape[4] // q)
         has_time, rate = self.config.attention_type != "space_only", self.config.drop_rate
         tokens = self.patch_embed(video, per_frame=not has_time)
         if not (self.training and rate > 0):
-            return residual(self._table(grid, frames if has_time else 1, has_time), tokens)
+            stream = Stream(self._table(grid, frames if has_time else 1, has_time).expand(len(tokens), -1, -1))
+            stream.add(tokens)
+            return stream
         # Dropout comes between the positions and the time embedding, and after it on the patches alone.
         x = F.dropout(tokens + self._table(grid, frames if has_time else 1, False), rate)
         if not has_time:
-            return x
+            return Stream(x)
         patches = (x[:, 1:].unflatten(1, (grid[0] * grid[1], frames)) + self._time(frames)).flatten(1, 2)
-        return torch.cat([x[:, :1], F.dropout(patches, rate)], 1)
+        return Stream(torch.cat([x[:, :1], F.dropout(patches, rate)], 1))
 
     def _table(self, grid: tuple[int, int], frames: int, with_time: bool) -> Tensor:
         """What is added to the patch products: [1 + N*T, dim]. Row 0 is the class token with its position, no time."""

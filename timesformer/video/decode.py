@@ -215,10 +215,10 @@ def _key_before(info: VideoInfo, index: int) -> int:
     return info.keyframes[place - 1] if place else 0
 
 
-def _image(frame, info: VideoInfo) -> np.ndarray:
-    """[height, width, 3] uint8 RGB, upright."""
+def _image(frame, info: VideoInfo, convert) -> np.ndarray:
+    """[height, width, 3] uint8 RGB, upright. convert: the reformat of one converter, whose tables serve all frames."""
     height, width = (info.width, info.height) if info.rotation % 180 else (info.height, info.width)
-    image = frame.reformat(width=width, height=height, format="rgb24").to_ndarray()
+    image = convert(frame, width=width, height=height, format="rgb24").to_ndarray()
     return np.ascontiguousarray(np.rot90(image, info.rotation // 90))
 
 
@@ -229,6 +229,7 @@ def _read_run(info: VideoInfo, wanted: list[int], start: int) -> Iterator[tuple[
     """
     times = info.timestamps
     left = set(wanted)
+    convert = _av().video.reformatter.VideoReformatter().reformat
     with _open(info.path) as (container, stream):
         position = {} if times is None else {times[index]: index for index in wanted}
         whole = start == 0
@@ -242,7 +243,7 @@ def _read_run(info: VideoInfo, wanted: list[int], start: int) -> Iterator[tuple[
             index = count if times is None else position.get(frame.pts)
             if index in left:
                 left.remove(index)
-                yield index, _image(frame, info)
+                yield index, _image(frame, info, convert)
             if not left:
                 return
 
