@@ -365,7 +365,7 @@ class TimeSformer(nn.Module):
         has_time, rate = self.config.attention_type != "space_only", self.config.drop_rate
         tokens = self.patch_embed(video, per_frame=not has_time)
         if not (self.training and rate > 0):
-            stream = Stream(self._table(grid, frames if has_time else 1, has_time).expand(len(tokens), -1, -1))
+            stream = Stream(self._table(grid, frames if has_time else 1, has_time).expand(tokens.shape[0], -1, -1))
             stream.add(tokens)
             return stream
         # Dropout comes between the positions and the time embedding, and after it on the patches alone.
