@@ -141,6 +141,19 @@ def overhead(rows: dict[str, dict]) -> str:
     return table(["", "microseconds per call"], lines)
 
 
+def step(rows: dict[str, dict]) -> str:
+    """x: so many times as fast as PyTorch's own operations. Copy: as for attention."""
+    header = ["", "cold ms", "x torch", "copy", "warm ms", "x torch", "copy", "max error", "of gradients"]
+    lines = []
+    for row, info in measured(rows).items():
+        cells = [row]
+        for time in ("interleaved_median_ms", "warm_median_ms"):
+            cells += [number(info.get(time), ".2f"), ratio(rows, "torch", row, time)]
+            cells.append(ratio(rows, "copy", row, time, ".0%"))
+        lines.append(cells + [number(info.get(key), ".1e") for key in ("max_err", "max_err_grad")])
+    return table(header, lines)
+
+
 def video(rows: dict[str, dict]) -> str:
     model = rows["model"]["interleaved_median_ms"]
     times = {row: info["interleaved_median_ms"] for row, info in rows.items()}
@@ -181,7 +194,7 @@ def largest(rows: dict[str, dict]) -> str:
 
 
 TABLES = {"attention": attention, "model": model, "overhead": overhead, "module": standard}
-TABLES |= {"video": video, "largest": largest}
+TABLES |= {"step": step, "video": video, "largest": largest}
 
 
 def table_of(rows: dict[str, dict]) -> str:
@@ -253,7 +266,7 @@ def summary(result: dict, row: str = "cpp") -> str:
     lines, others = [], []
     for rows in groups(result).values():
         facts = next(iter(rows.values()))
-        if facts["kind"] in ("model", "module", "video"):
+        if facts["kind"] in ("model", "module", "step", "video"):
             others.append(caption(rows, result) + "\n\n" + table_of(rows))
         elif facts["kind"] == "attention" and row in measured(rows):
             cells = [line.strip("| ").split(" | ") for line in attention(rows).splitlines()]

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from timesformer.benchmarking import core, gate, layouts, machine, peers, record, run, shapes
 from timesformer.benchmarking.half_block import HalfBlockProblem
 from timesformer.benchmarking.problem import Task, sampled
+from timesformer_kernels import native
 
 ROOT = Path(__file__).resolve().parents[1]
 REPORT = ROOT / "benchmarks" / "report.py"
@@ -87,6 +88,19 @@ def test_model_rows_hold_memory_and_the_ratio_to_the_products(tiny):
         assert info["ratio_to_products"] == pytest.approx(info["interleaved_median_ms"] / products)
         assert row == "products" or info["peak_bytes"] > 4 * 17 * 32  # one activation at least
     assert len({i["row"] for i in infos(tiny[0], "overhead")}) >= 2
+
+
+def test_every_step_is_checked_and_timed_beside_its_bytes(tiny):
+    found = {}
+    for info in infos(tiny[0], "step"):
+        found.setdefault((info["op"], info["dtype"], info["direction"]), {})[info["row"]] = info
+    assert len(found) == 3 * 2 * 2
+    for (op, _, direction), rows in found.items():
+        assert {"torch", "copy"} <= rows.keys() and ("cpp" in rows or not native.library()[0])
+        size = 2 * 65 * (128 if op == "bias gelu" else 32) * {"float32": 4, "bfloat16": 2}[rows["copy"]["dtype"]]
+        passes = {"bias gelu": (2, 5), "add layer norm": (4, 8), "embedding": (3.5, 9)}[op][direction != "forward"]
+        assert {info["bytes"] for info in rows.values()} == {passes * size}
+        assert all(0 < info["max_err"] < 0.1 for row, info in rows.items() if row != "copy")
 
 
 def test_what_comes_before_the_model_is_timed_beside_it(tiny):

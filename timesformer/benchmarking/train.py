@@ -1,7 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Level 5, the training step: forward, cross-entropy, backward and AdamW, in the model's dtype."""
+"""Level 5, the training step: forward, cross-entropy, backward and AdamW, in the model's dtype.
+
+Row "ours-light" is ours with `checkpoint="light"`, which keeps less and computes more.
+"""
 
 from __future__ import annotations
+
+import copy
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +14,7 @@ import torch.nn.functional as F
 from .model import ModelProblem
 from .timing import Timed
 
-STEP = "step"
+STEP, LIGHT = "step", "ours-light"
 
 
 class TrainProblem(ModelProblem):
@@ -21,6 +26,17 @@ class TrainProblem(ModelProblem):
     @property
     def op(self):
         return f"{super().op} training"
+
+    def peers(self, full):
+        return [LIGHT, *super().peers(full)]
+
+    def peer(self, row):
+        if row != LIGHT:
+            return super().peer(row)
+        module = copy.deepcopy(self.module, {id(p): p for p in self.module.parameters()})
+        self.set_backend(module, next(iter(self.ours.values()))[0])
+        module.set_checkpoint("light")
+        return lambda x: self.apply(module, x)
 
     def timed(self, row, direction):
         """Learning rate 0: all arithmetic of a step, while every row and repetition sees the same weights."""
