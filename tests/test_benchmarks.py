@@ -4,6 +4,7 @@
 benchmarks/ runs as a user runs it, in a process of its own: nothing in tests/ imports from it.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -18,7 +19,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from timesformer.benchmarking import core, gate, layouts, machine, peers, record, run, shapes
+from timesformer.benchmarking import core, gate, layouts, machine, peers, record, run, shapes, timing
 from timesformer.benchmarking.half_block import HalfBlockProblem
 from timesformer.benchmarking.problem import Task, sampled
 from timesformer_kernels import native
@@ -143,6 +144,36 @@ def test_the_report_of_a_real_file(tiny):
 
 
 # A fabricated result, with numbers that divide easily.
+
+
+def test_a_capture_that_fails_tells_the_first_error(monkeypatch):
+    """The end of a capture raises, too, and would hide what spoilt it."""
+
+    class Stand(contextlib.nullcontext):
+        wait_stream = synchronize = lambda *_: None
+
+    @contextlib.contextmanager
+    def graph(*_, **__):
+        try:
+            yield
+        finally:
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    for name, stand in dict(
+        Stream=Stand, stream=Stand, current_stream=Stand, synchronize=Stand, CUDAGraph=Stand, graph=graph
+    ).items():
+        monkeypatch.setattr(torch.cuda, name, stand)
+    calls = []
+
+    def call():
+        calls.append(1)
+        if len(calls) == 4:  # after three to warm up
+            raise ValueError("not permitted while a stream is captured")
+
+    with pytest.raises(ValueError, match="not permitted"):
+        timing.capture(call)
+    with pytest.raises(RuntimeError, match="previous error"):
+        timing.capture(lambda: None)
 
 
 def bench(group, row, median_ms, **info):

@@ -14,7 +14,7 @@ import torch
 from calls import AddLayerNorm, Attention, BiasGelu
 from probe import Checks, backends_or_raise, options, without
 
-from timesformer import TimeSformer
+from timesformer import DividedSTAttention, TimeSformer
 from timesformer.benchmarking.timing import capture, tensors
 
 SEEDS = (1, 2, 3)  # of the inputs of the replays
@@ -118,11 +118,41 @@ def model(checks: Checks, backends: list[str], cpu: bool) -> None:
                 raise AssertionError(f"replay and eager differ by {error:.1e}, the limit is {limit:.1e}")
 
 
+def half_block(checks: Checks, backends: list[str], cpu: bool) -> None:
+    """After a plain call on another stream, as benchmarks do; with gradients of the tokens and of all parameters."""
+    device, dtype, frames = ("cpu", torch.float32, 2) if cpu else ("cuda", torch.bfloat16, 8)
+    torch.manual_seed(0)
+    block = DividedSTAttention(*((32, 2) if cpu else (768, 12))).to(device, dtype)
+    rows, width = 1 + frames * (4 if cpu else 196), 32 if cpu else 768
+    limit, parameters = 4 * torch.finfo(dtype).eps, list(block.parameters())
+
+    def fresh(seed):
+        generator = torch.Generator().manual_seed(seed)
+        return [torch.randn(2, rows, width, generator=generator).to(device, dtype) for _ in range(2)]
+
+    x, dout = fresh(0)
+    x.requires_grad_()
+
+    def both():
+        out = block(x, frames)
+        return (out, *torch.autograd.grad(out, [x, *parameters], dout))
+
+    for backend in backends:
+        block.backend = backend
+        with checks.check(f"{backend}: half-block, forward+backward after a plain call") as say, torch.enable_grad():
+            both()
+            error = replayed(both, [x, dout], fresh, cpu)
+            say(f"differs by {error:.1e} of the largest value" if error else "the same bits", error=error)
+            if not error <= limit:
+                raise AssertionError(f"replay and eager differ by {error:.1e}, the limit is {limit:.1e}")
+
+
 def main() -> int:
     args = options(__doc__.split(",")[0] + ".")
     checks = Checks(args.json, "captures")
     backends = backends_or_raise(checks, "cpu" if args.cpu else "cuda", torch.bfloat16)
     kernels(checks, backends, args.cpu, args.quick)
+    half_block(checks, backends, args.cpu)
     model(checks, backends, args.cpu)
     same = sum(not check.get("error", 1) for check in checks.found.values())
     return checks.end(f"{len(checks.found)} captures replayed: {same} with the bits of eager{without(checks)}")

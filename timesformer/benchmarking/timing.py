@@ -154,7 +154,7 @@ def capture(call: Callable):
     """(graph, outputs): `call` as a CUDA graph, and the tensors that each replay fills.
 
     What a `Timed` sets up is done once and stays outside. A backward runs on the stream of its forward, which therefore
-    is that of the capture.
+    is that of the capture. Raises what the call itself raised first.
     """
     run, setup = (call.again or call.run, call.setup) if isinstance(call, Timed) else (call, tuple)
     side = torch.cuda.Stream()
@@ -165,9 +165,18 @@ def capture(call: Callable):
             run(*operands)
     torch.cuda.current_stream().wait_stream(side)
     torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=side):
-        outputs = run(*operands)
+    graph, first = torch.cuda.CUDAGraph(), None
+    try:
+        with torch.cuda.graph(graph, stream=side):
+            try:
+                outputs = run(*operands)
+            except Exception as error:
+                first = error
+                raise
+    except Exception as last:  # the end of a spoilt capture has an error of its own, which says nothing of the cause
+        if first is None:
+            raise
+        raise first from last
     graph.operands = operands  # replays read them
     return graph, tensors(outputs)
 
