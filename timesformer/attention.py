@@ -67,12 +67,18 @@ class Attention(nn.Module):
         source: what x can be made of anew, so that training need not keep it. light: training keeps q, k and v, and
         makes the attention output anew.
         """
-        rows = 1 if class_row_only else x.shape[1]
         if self.drops:
-            return self._with_dropout(x, scheme, frames, cls, backend, cls_weights)[:, :rows]
+            out = self._with_dropout(x, scheme, frames, cls, backend, cls_weights)
+            return out[:, :1] if class_row_only else out
         step = scheme, frames, cls, backend, cls_weights
         qkv = self.packed(x, source)
-        return segment(light, lambda qkv: self.proj(self.attend(qkv, *step)[:, :rows]), qkv)
+        if light:
+            return segment(light, lambda qkv: self.proj(self._rows(qkv, step, class_row_only)), qkv)
+        return linear(self.proj, self._rows(qkv, step, class_row_only), None)
+
+    def _rows(self, qkv: Tensor, step: tuple, class_row_only: bool) -> Tensor:
+        out = self.attend(qkv, *step)
+        return out[:, :1] if class_row_only else out
 
     @property
     def drops(self) -> bool:
@@ -81,7 +87,8 @@ class Attention(nn.Module):
 
     def packed(self, x: Tensor, source: Source | None = None) -> Tensor:
         """x [B, S, dim] -> q, k and v [B, S, 3, heads, head_dim], a view of one product."""
-        return linear(self.qkv, x, source).unflatten(2, (3, self.num_heads, self.head_dim))
+        qkv = linear(self.qkv, x, source)  # [B, S, 3 * dim]
+        return qkv.view(*qkv.shape[:2], 3, self.num_heads, self.head_dim)
 
     def attend(self, qkv, scheme, frames, cls, backend, cls_weights=None) -> Tensor:
         """q, k and v, packed -> the attention output before its projection [B, S, dim], without dropout."""
@@ -190,12 +197,11 @@ class DividedSTAttention(nn.Module):
 
     def _time(self, stream: Stream, frames: int) -> None:
         mode = "exclude" if self.class_token else "none"
-        attn, fc = self.temporal_attn, self.temporal_fc
-        light = self.checkpoint == "light"
+        attn, light = self.temporal_attn, self.checkpoint == "light"
         normed, source = stream.norm(self.temporal_norm1, self.backend)
         step = "time", frames, mode, self.backend
         if self._folds(normed):
-            dropping = self.drop_path.active
+            fc, dropping = self.temporal_fc, self.drop_path.active
             folded = fold(attn.proj, fc, with_bias=not dropping)
             run = lambda qkv, *folded: F.linear(attn.attend(qkv, *step), *folded)  # noqa: E731
             branch = segment(light, run, attn.packed(normed, source), *folded)
@@ -206,19 +212,20 @@ class DividedSTAttention(nn.Module):
             branch = attn(normed, *step, source=source, light=light)
             if self.drop_path.active:
                 branch = branch * self._locations(stream.x, frames).to(branch.dtype)[..., None]
-            branch = fc(branch)
+            branch = linear(self.temporal_fc, branch, None)
         # The biases of proj and temporal_fc must not reach the class row.
         stream.add(branch, skip_cls=self.class_token)
 
     def _folds(self, x: Tensor) -> bool:
         """True where proj and temporal_fc are applied as one product: nobody looks at or has replaced either, nothing
         but stochastic depth comes between them, and x [B, S, dim] has more rows than the product of the matrices."""
-        attn, proj, fc = self.temporal_attn, self.temporal_attn.proj, self.temporal_fc
+        if x.shape[0] * x.shape[1] <= self.dim:
+            return False
+        attn = self.temporal_attn
         return (
-            x.shape[0] * x.shape[1] > self.dim
-            and not attn.drops
+            not attn.drops
             and plain(attn, Attention)
-            and all(plain(layer) and layer.bias is not None for layer in (proj, fc))
+            and all(plain(layer) and layer.bias is not None for layer in (attn.proj, self.temporal_fc))
         )
 
     def _locations(self, x: Tensor, frames: int) -> Tensor:

@@ -78,11 +78,13 @@ class Folded:
         """The folded form where it serves now, else the block itself."""
         if torch.is_grad_enabled() or block.training or torch.compiler.is_compiling() or hooked_everywhere():
             return block
-        if any(_changed(*part) for part in self._parts):
-            self._make(block)
-        if self._form is None or any(watched(m) for m, *_ in self._parts):
-            return block
-        return self._form
+        seen = False
+        for m, children, held in self._parts:  # plain loops: this runs at every call
+            seen = seen or watched(m)
+            if m._modules != children or _changed(m._parameters, held):
+                self._make(block)
+                return self.serving(block)
+        return block if seen or self._form is None else self._form
 
 
 def _part(m: nn.Module) -> tuple:
@@ -91,11 +93,11 @@ def _part(m: nn.Module) -> tuple:
     return m, dict(m._modules), held
 
 
-def _changed(m: nn.Module, children: dict, held: list) -> bool:
-    return m._modules != children or any(
-        m._parameters.get(name) is not p or p.data_ptr() != address or version_of(p) != version
-        for name, p, address, version in held
-    )
+def _changed(parameters: dict, held: list) -> bool:
+    for name, p, address, version in held:
+        if parameters.get(name) is not p or p.data_ptr() != address or version_of(p) != version:
+            return True
+    return False
 
 
 def version_of(p: Tensor) -> int:

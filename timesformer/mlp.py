@@ -32,7 +32,7 @@ class Mlp(nn.Module):
         the activations."""
         rows = x.numel() // x.shape[-1]
         most = ROWS.get(x.device.type, rows)
-        whole = torch.is_grad_enabled() or steps_of(x, backend) is None or rows <= most
+        whole = rows <= most or torch.is_grad_enabled() or steps_of(x, backend) is None
         if whole or not (plain(self.fc1) and plain(self.fc2)):  # whoever looks at a layer sees all rows at once
             return self._run(x, source, backend)
         size = -(-rows // -(-rows // most))  # parts of equal size
@@ -49,13 +49,14 @@ class Mlp(nn.Module):
 
     def _activate(self, x: Tensor, source: Source | None, backend: str) -> tuple[Tensor, Source | None]:
         """GELU(fc1(x)), and what it can be made of anew."""
-        steps = steps_of(x, backend) if plain(self.fc1) else None
-        if steps is None or self.fc1.bias is None:
-            x = linear(self.fc1, x, source)
+        fc1 = self.fc1
+        steps = steps_of(x, backend) if plain(fc1) else None
+        if steps is None or fc1.bias is None:
+            x = linear(fc1, x, source)
             # In place without autograd: the hidden activations are the largest tensor of an inference pass.
             out = F.gelu(x) if torch.is_grad_enabled() else torch.ops.aten.gelu_(x)
             return out, source and Source(F.gelu, (x,))
-        x, bias = linear(self.fc1, x, source, with_bias=False), self.fc1.bias
+        x, bias = linear(fc1, x, source, with_bias=False), fc1.bias
         return bias_gelu(x, bias, backend=steps), source and Source(_bias_gelu, (x, bias), (steps,))
 
 

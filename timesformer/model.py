@@ -325,8 +325,9 @@ class TimeSformer(nn.Module):
 
     def _through_blocks(self, stream: Stream, frames: int) -> Tensor:
         """The sum after the last block, [B, S, dim], or its class row alone [B, 1, dim]."""
-        for i, block in enumerate(self.blocks):
-            class_row_only = block is self.blocks[-1] and not hooked(block)
+        blocks = tuple(self.blocks)
+        for i, block in enumerate(blocks):
+            class_row_only = i == len(blocks) - 1 and not hooked(block)
             if getattr(block, "checkpoint", None) == "full" and torch.is_grad_enabled():
                 run = partial(block, frames=frames, class_row_only=class_row_only)
                 stream = Stream(segment(True, run, stream.sum(), random=True))

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from timesformer_kernels.mounting import needs_op
 
-from .layers import plain
+from .layers import plain, weights
 
 
 class Source(NamedTuple):
@@ -62,7 +62,8 @@ def linear(layer: nn.Module, x: Tensor, source: Source | None, with_bias: bool =
     """
     if not plain(layer):
         return layer(x)
-    return product(x, layer.weight, layer.bias if with_bias else None, source)
+    weight, bias = weights(layer)
+    return product(x, weight, bias if with_bias else None, source)
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None, source: Source | None) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from timesformer_kernels.fused import add_layer_norm
 
-from .layers import plain, residual, steps_of
+from .layers import plain, residual, steps_of, weights
 from .recompute import Source
 
 
@@ -24,7 +24,7 @@ class Stream:
 
     def __init__(self, x: Tensor, sources: bool = True):
         """sources: whether training may make LayerNorms anew in the backward; not where it makes all anew anyway."""
-        self.x, self.sources = x, sources
+        self.x, self.sources = x, sources and torch.is_grad_enabled()
         self.branch: Tensor | None = None
         self.row_scale: Tensor | None = None
         self.skip_cls = False
@@ -53,7 +53,7 @@ class Stream:
         if not plain(norm, nn.LayerNorm):
             return norm(self.sum()), None
         steps, branch, scale = steps_of(self.x, backend), self.branch, self.row_scale
-        weight, bias, eps = norm.weight, norm.bias, norm.eps
+        (weight, bias), eps = weights(norm), norm.eps
         if steps is not None and weight is None and bias is None:  # folded into the product that follows
             weight, bias = _identity(self.x.shape[2], self.x.dtype, self.x.device)
         if steps is None or weight is None or bias is None or weight.dtype not in (self.x.dtype, torch.float32):

@@ -85,8 +85,11 @@ def resolve(name: str, device_type: str, dtype: torch.dtype, width: int) -> tupl
 
 def beside(name: str, device_type: str, dtype: torch.dtype, width: int) -> str:
     """The backend of the steps beside attention on `name`: that one where it has them, else what `auto` takes."""
-    if name in _LOADERS and why_not(name, device_type, dtype, width) is None:
-        return name
+    if name in _LOADERS:
+        try:
+            return resolve(name, device_type, dtype, width)[0]  # kept, unlike the answer of why_not
+        except RuntimeError:
+            pass
     return resolve("auto", device_type, dtype, width)[0]
 
 
@@ -273,21 +276,20 @@ class _FuncBiasGelu(BiasGelu):
 class _Step(NamedTuple):
     """The ways to one step."""
 
-    reference: Callable
-    bare: Callable
+    forward: Callable  # of a backend's Steps
     op: Callable
     eager: type
     func: type
 
 
-_NORM = _Step(REFERENCE.add_layer_norm_fwd, _norm_fwd, _OPS.add_layer_norm_fwd.default, AddLayerNorm, _FuncAddLayerNorm)
-_GELU = _Step(REFERENCE.bias_gelu_fwd, _gelu_fwd, _OPS.bias_gelu_fwd.default, BiasGelu, _FuncBiasGelu)
+_NORM = _Step(lambda steps: steps.add_layer_norm_fwd, _OPS.add_layer_norm_fwd.default, AddLayerNorm, _FuncAddLayerNorm)
+_GELU = _Step(lambda steps: steps.bias_gelu_fwd, _OPS.bias_gelu_fwd.default, BiasGelu, _FuncBiasGelu)
 
 
 def _run(step: _Step, width: int, backend: str, tensors: tuple, *options):
     """The step on checked tensors, the first of which is there; None in place of others."""
     if backend == "reference":
-        return step.reference(*tensors, *options)
+        return step.forward(REFERENCE)(*tensors, *options)
     x, given = tensors[0], [t for t in tensors if t is not None]
     if needs_op(*given):
         if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
@@ -295,13 +297,13 @@ def _run(step: _Step, width: int, backend: str, tensors: tuple, *options):
         return step.op(*tensors, *options, backend)
     name, steps = resolve(backend, x.device.type, x.dtype, width)
     if steps is REFERENCE:
-        return step.reference(*tensors, *options)
+        return step.forward(steps)(*tensors, *options)
     if torch._C._are_functorch_transforms_active():
         return step.func.apply(*tensors, *options, name)
     # The Function has no jvp, so that it refuses forward-mode AD.
     if forward_ad._current_level >= 0 or (torch.is_grad_enabled() and any(t.requires_grad for t in given)):
         return step.eager.apply(*tensors, *options, name)
-    return step.bare(*tensors, *options, name)
+    return step.forward(steps)(*tensors, *options)
 
 
 # --- public ----------------------------------------------------------------------------------------------------------
@@ -332,21 +334,8 @@ def add_layer_norm(
     the rounded sum; statistics and both gradients' sums over rows are float32 (float64 for float64). Raises TypeError,
     ValueError for bad arguments, RuntimeError where the named backend cannot run.
     """
-    fused_checks.check_x(x, "(batch, tokens, dim)")
-    if x.dim() != 3:
-        raise ValueError(f"x: got shape {tuple(x.shape)}, expected 3 dimensions (batch, tokens, dim)")
-    if branch is not None:
-        fused_checks.check_branch(branch, x)
-    elif skip_cls or row_scale is not None:
-        name = "skip_cls" if skip_cls else "row_scale"
-        raise ValueError(f"{name}: given with branch=None, expected a branch for it to act on")
-    fused_checks.check_vector("weight", weight, x)
-    fused_checks.check_vector("bias", bias, x)
-    if bias.dtype != weight.dtype:
-        raise ValueError(f"bias: got dtype {bias.dtype}, expected the dtype of weight, {weight.dtype}")
-    if row_scale is not None:
-        fused_checks.check_row_scale(row_scale, x, backend)
-    fused_checks.check_options(eps, skip_cls)
+    if not fused_checks.usual_norm(x, branch, weight, bias, eps, skip_cls, row_scale):
+        fused_checks.check_norm(x, branch, weight, bias, eps, skip_cls, row_scale, backend)
     _check_backend(backend)
     tensors = x, branch, weight, bias, row_scale
     total, normed = _run(_NORM, x.shape[2], backend, tensors, float(eps), skip_cls)
@@ -363,8 +352,9 @@ def bias_gelu(x: Tensor, bias: Tensor, *, backend: str = "auto") -> Tensor:
     Returns the shape and dtype of x, contiguous. Raises TypeError, ValueError for bad arguments, RuntimeError where the
     named backend cannot run.
     """
-    fused_checks.check_x(x, "(..., dim)")
-    fused_checks.check_vector("bias", bias, x)
+    if not fused_checks.usual(x, bias):
+        fused_checks.check_x(x, "(..., dim)")
+        fused_checks.check_vector("bias", bias, x)
     _check_backend(backend)
     if backend == "reference" or (backend == "auto" and torch.compiler.is_compiling()):
         return REFERENCE.bias_gelu_fwd(x, bias)

@@ -7,8 +7,66 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from .grid import DTYPES
+
+_LEAST_EPS = torch.finfo(torch.float32).tiny
+
+
+_PLAIN = (Tensor, Parameter)
+
+
+def usual(x, *vectors) -> bool:
+    """True where x [..., D] and the vectors [D] are beyond doubt: contiguous, of one dtype and device. It costs a third
+    of the checks below, which say what is wrong, or allow what is less usual."""
+    if torch.compiler.is_compiling() or type(x) is not Tensor or x.dtype not in DTYPES or not x.is_contiguous():
+        return False
+    width, dtype, device = x.shape[-1:], x.dtype, x.device
+    if width == (0,) or width == ():
+        return False
+    for t in vectors:
+        if type(t) not in _PLAIN or t.shape != width or t.dtype is not dtype or t.device != device:
+            return False
+        if not t.is_contiguous():
+            return False
+    return True
+
+
+def _same(t, x: Tensor) -> bool:
+    like = type(t) is Tensor and t.shape == x.shape and t.dtype is x.dtype and t.device == x.device
+    return like and t.is_contiguous()
+
+
+def usual_norm(x, branch, weight, bias, eps, skip_cls, row_scale) -> bool:
+    """The same of the arguments of `add_layer_norm`."""
+    return (
+        usual(x, weight, bias)
+        and x.dim() == 3
+        and row_scale is None
+        and type(skip_cls) is bool
+        and (not skip_cls if branch is None else _same(branch, x))
+        and type(eps) is float
+        and _LEAST_EPS <= eps < math.inf
+    )
+
+
+def check_norm(x, branch, weight, bias, eps, skip_cls, row_scale, backend: str) -> None:
+    check_x(x, "(batch, tokens, dim)")
+    if x.dim() != 3:
+        raise ValueError(f"x: got shape {tuple(x.shape)}, expected 3 dimensions (batch, tokens, dim)")
+    if branch is not None:
+        check_branch(branch, x)
+    elif skip_cls or row_scale is not None:
+        name = "skip_cls" if skip_cls else "row_scale"
+        raise ValueError(f"{name}: given with branch=None, expected a branch for it to act on")
+    check_vector("weight", weight, x)
+    check_vector("bias", bias, x)
+    if bias.dtype != weight.dtype:
+        raise ValueError(f"bias: got dtype {bias.dtype}, expected the dtype of weight, {weight.dtype}")
+    if row_scale is not None:
+        check_row_scale(row_scale, x, backend)
+    check_options(eps, skip_cls)
 
 
 def check_tensor(name: str, t, device: torch.device | None = None) -> None:
@@ -67,9 +125,8 @@ def check_row_scale(row_scale, x: Tensor, backend: str) -> None:
 def check_options(eps, skip_cls) -> None:
     if isinstance(eps, bool) or not isinstance(eps, (int, float)):
         raise TypeError(f"eps: got {type(eps).__name__}, expected a number")
-    least = torch.finfo(torch.float32).tiny
-    if not least <= eps < math.inf:
-        raise ValueError(f"eps: got {eps}, expected a finite number of at least {least:.2g}")
+    if not _LEAST_EPS <= eps < math.inf:
+        raise ValueError(f"eps: got {eps}, expected a finite number of at least {_LEAST_EPS:.2g}")
     if not isinstance(skip_cls, bool):
         raise TypeError(f"skip_cls: got {type(skip_cls).__name__}, expected True or False")
 

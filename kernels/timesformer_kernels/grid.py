@@ -168,15 +168,21 @@ def make_view(scheme: Scheme, grid: tuple[int, int, int], cls: str, order: str =
     return View(_merged(groups), _merged(sequence), cls)
 
 
-_cached_view = lru_cache(maxsize=4096)(make_view)
-
-
 def view(scheme: str | Scheme, grid: tuple[int, int, int], cls: str, order: str = "space_major") -> View:
     """The view of `scheme` on `grid` = (height, width, frames), every argument checked.
 
     Raises ValueError for an unknown scheme, class mode or order and for an axis that its split does not divide;
     TypeError for a grid that is not three integers.
     """
+    usual = type(grid) is tuple and len(grid) == 3 and type(scheme) is type(cls) is type(order) is str
+    if usual and not torch.compiler.is_compiling():  # symbolic sizes cannot be a cache key
+        height, width, frames = grid
+        if type(height) is type(width) is type(frames) is int:
+            return _kept_view(scheme, grid, cls, order)
+    return _checked_view(scheme, grid, cls, order)
+
+
+def _checked_view(scheme, grid, cls, order) -> View:
     if isinstance(scheme, str):
         if scheme not in SCHEMES:
             raise ValueError(f"scheme: got {scheme!r}, expected one of {', '.join(SCHEMES)} or a grid.Scheme")
@@ -192,9 +198,10 @@ def view(scheme: str | Scheme, grid: tuple[int, int, int], cls: str, order: str 
     for name, axis, size in zip(AXES, scheme, grid, strict=True):
         if axis.groups is not None and axis.groups != 1 and size % axis.groups:
             raise ValueError(f"grid: {name} = {size} cannot be split evenly into {axis.groups}, as the scheme asks")
-    if torch.compiler.is_compiling() or not all(type(n) is int for n in grid):
-        return make_view(scheme, tuple(grid), cls, order)  # symbolic sizes cannot be a cache key
-    return _cached_view(scheme, tuple(grid), cls, order)
+    return make_view(scheme, tuple(grid), cls, order)
+
+
+_kept_view = lru_cache(maxsize=4096)(_checked_view)
 
 
 def _is_count(n) -> bool:
@@ -204,23 +211,37 @@ def _is_count(n) -> bool:
 def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
     """q, k, v must be tensors of one shape [B, S, heads, head_dim], dtype and device with a unit last stride."""
     for name, x in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name}: got {type(x).__name__}, expected a torch.Tensor")
-        if x.dim() != 4:
-            raise ValueError(
-                f"{name}: got shape {tuple(x.shape)}, expected 4 dimensions (batch, tokens, heads, head_dim)"
-            )
+        _check_rows(name, x)
+        if x is q:
+            continue
         if x.shape != q.shape:
             raise ValueError(f"{name}: got shape {tuple(x.shape)}, expected the shape of q, {tuple(q.shape)}")
         if x.dtype != q.dtype:
             raise ValueError(f"{name}: got dtype {x.dtype}, expected the dtype of q, {q.dtype}")
         if x.device != q.device:
             raise ValueError(f"{name}: got device {x.device}, expected the device of q, {q.device}")
-        if x.stride(3) != 1 and x.shape[3] > 1:
-            raise ValueError(
-                f"{name}: got stride {x.stride(3)} in the last dimension, expected 1; "
-                "the head dimension must be contiguous in memory, every other one may lie anywhere"
-            )
+    _check_kind(q)
+
+
+def check_packed(q: Tensor) -> None:
+    """The same of q alone, whose sizes, strides, dtype and device are those of k and v."""
+    _check_rows("q", q)
+    _check_kind(q)
+
+
+def _check_rows(name: str, x: Tensor) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: got {type(x).__name__}, expected a torch.Tensor")
+    if x.dim() != 4:
+        raise ValueError(f"{name}: got shape {tuple(x.shape)}, expected 4 dimensions (batch, tokens, heads, head_dim)")
+    if x.stride(3) != 1 and x.shape[3] > 1:
+        raise ValueError(
+            f"{name}: got stride {x.stride(3)} in the last dimension, expected 1; "
+            "the head dimension must be contiguous in memory, every other one may lie anywhere"
+        )
+
+
+def _check_kind(q: Tensor) -> None:
     if q.shape[3] == 0:
         raise ValueError(f"q: got shape {tuple(q.shape)}, expected head_dim of at least 1")
     if q.dtype not in DTYPES:

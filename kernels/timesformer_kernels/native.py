@@ -114,14 +114,16 @@ def _view_numbers(view: View, dtype: torch.dtype) -> tuple[tuple[int, ...], tupl
     return tuple(n for pair in pairs for n in pair), (DTYPE_CODES[dtype], CLS_CODES[view.cls])
 
 
-def _tensor(x):
-    return _NO_TENSOR if x is None else (x.data_ptr(), *x.stride()[:3])
-
-
 def params(tensors, shape, dtype, view, scale, weights, workspace, stats, threads) -> bytes:
     """struct TskAttention. tensors: q, k, v, out, dout, dq, dk, dv, or None; weights, workspace, stats: addresses."""
     axes, codes = _view_numbers(view, dtype)
-    numbers = [n for x in tensors for n in _tensor(x)]
+    numbers = []
+    for x in tensors:
+        if x is None:
+            numbers += _NO_TENSOR
+        else:
+            batch, token, head, _ = x.stride()
+            numbers += (x.data_ptr(), batch, token, head)
     return _PARAMS.pack(*numbers, *axes, *shape, scale, weights, workspace, stats, threads, *codes)
 
 
@@ -145,7 +147,7 @@ def attention(q, k, v, out, view, scale, cls_weights, grads=None) -> None:
     lib = _loaded()
     shape, dtype, threads = q.shape, q.dtype, torch.get_num_threads()
     nbytes = _workspace_bytes(shape, dtype, view, threads, grads is not None)
-    workspace = torch.empty(nbytes + 64, dtype=torch.uint8)
+    workspace = q.new_empty(nbytes + 64, dtype=torch.uint8)
     start = -(-workspace.data_ptr() // 64) * 64
     weights = 0 if cls_weights is None else cls_weights.data_ptr()
     tensors = (q, k, v, out, *(grads or (None,) * 4))

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import ctypes
 import struct
-from functools import cache
+from functools import cache, lru_cache
 
 import torch
 
@@ -80,21 +80,28 @@ def run(
     lib, reason = library()
     if lib is None:
         raise RuntimeError(reason)
-    code = DTYPE_CODES[x.dtype]
-    narrow, first, second = (
-        next((t for t in pair if t is not None), x) for pair in ((branch, dbranch), (weight, dweight), (bias, dbias))
-    )
-    addresses = *_rows(x), *_rows(branch), *_rows(dout), *_rows(dsum), _address(weight), _address(bias)
-    results = *_scale(row_scale), *map(_address, (total, out, dx, dbranch, dweight, dbias))
-    numbers = eps, *x.shape, torch.get_num_threads()
-    codes = code, *(DTYPE_CODES[t.dtype] for t in (narrow, first, second)), skip_cls, 0
-    nbytes = lib.tsk_step_workspace(_CALL.pack(*addresses, *results, 0, *numbers, *codes), step)
-    _check(lib, nbytes)
-    workspace = torch.empty(nbytes + 64, dtype=torch.uint8)
-    start = -(-workspace.data_ptr() // 64) * 64
-    _check(lib, lib.tsk_step_run(_CALL.pack(*addresses, *results, start, *numbers, *codes), step))
+    narrow = dbranch if branch is None else branch
+    first, second = dweight if weight is None else weight, dbias if bias is None else bias
+    codes = tuple([DTYPE_CODES[x.dtype if t is None else t.dtype] for t in (x, narrow, first, second)])
+    shape, threads = x.shape, torch.get_num_threads()
+    nbytes = _workspace_bytes(step, shape, threads, codes)
+    workspace = x.new_empty(nbytes + 64, dtype=torch.uint8)
+    call = _CALL.pack(
+        *_rows(x), *_rows(branch), *_rows(dout), *_rows(dsum),
+        _address(weight), _address(bias), *_scale(row_scale), _address(total), _address(out), _address(dx),
+        _address(dbranch), _address(dweight), _address(dbias),
+        -(-workspace.data_ptr() // 64) * 64, eps, *shape, threads, *codes, skip_cls, 0,
+    )  # fmt: skip
+    _check(lib, lib.tsk_step_run(call, step))
 
 
-def _check(lib, status: int) -> None:
+@lru_cache(maxsize=4096)
+def _workspace_bytes(step: int, shape: torch.Size, threads: int, codes: tuple[int, ...]) -> int:
+    lib = library()[0]
+    return _check(lib, lib.tsk_step_workspace(_CALL.pack(*[0] * 24, 0.0, *shape, threads, *codes, 0, 0), step))
+
+
+def _check(lib, status: int) -> int:
     if status < 0:
         raise RuntimeError(f"native step failed with code {status}: {lib.tsk_last_error().decode()}")
+    return status

@@ -232,13 +232,13 @@ def _watched() -> None:
             warnings.warn(text, stacklevel=4)
 
 
-def _checked(q, k, v) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k, v in the dtype of autocast, where that is on, and checked."""
+def _checked(q, k, v, packed: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v in the dtype of autocast, where that is on, and checked. packed: all three lie in one tensor."""
     if isinstance(q, Tensor) and q.device.type != "meta" and torch.is_autocast_enabled(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)
         narrow = (torch.float32, torch.bfloat16, torch.float16)
         q, k, v = (x.to(dtype) if isinstance(x, Tensor) and x.dtype in narrow else x for x in (q, k, v))
-    grid.check_qkv(q, k, v)
+    grid.check_packed(q) if packed else grid.check_qkv(q, k, v)
     return q, k, v
 
 
@@ -374,8 +374,7 @@ def grid_attention_qkvpacked(
         raise TypeError(f"qkv: got {type(qkv).__name__}, expected a torch.Tensor")
     if qkv.dim() != 5 or qkv.shape[2] != 3:
         raise ValueError(f"qkv: got shape {tuple(qkv.shape)}, expected (batch, tokens, 3, heads, head_dim)")
-    q, k, v = qkv.unbind(2)
-    q, k, v = _checked(q, k, v)
+    q, k, v = _checked(*qkv.unbind(2), packed=True)
     view = _view(scheme, grid, cls, order)
     _check_grid(q.shape[1], grid, cls)
     packed = qkv if q.dtype == qkv.dtype else None  # autocast has made copies

@@ -6,11 +6,12 @@ from __future__ import annotations
 import torch
 
 from .. import native
+from ..mounting import fresh
 from ..registry import Backend
 
 
 def forward(q, k, v, view, scale, cls_weights, stats=None):
-    out = q.new_empty(q.shape)
+    out = fresh(q)
     native.attention(q, k, v, out, view, scale, _dense(cls_weights))
     return out
 
@@ -18,7 +19,7 @@ def forward(q, k, v, view, scale, cls_weights, stats=None):
 def backward(dout, q, k, v, view, scale, cls_weights, grads=None, saved=None):
     if dout.stride(3) != 1 and dout.shape[3] > 1:  # y.sum().backward() hands in an expanded scalar
         dout = dout.contiguous()
-    grads = grads or tuple(q.new_empty(q.shape) for _ in range(3))
+    grads = grads or (fresh(q), fresh(q), fresh(q))
     native.attention(q, k, v, None, view, scale, _dense(cls_weights), (dout, *grads))
     return grads
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 import torch
 
 from .. import native_steps as native
+from ..mounting import fresh
 
 
 def add_layer_norm_fwd(x, branch, weight, bias, row_scale, eps: float, skip_cls: bool):
     """-> (sum [B, S, D], None without a branch; normed [B, S, D]), in the dtype of x."""
-    total, out = None if branch is None else x.new_empty(x.shape), x.new_empty(x.shape)
+    total, out = None if branch is None else fresh(x), fresh(x)
     operands = dict(branch=branch, weight=weight, bias=bias, row_scale=row_scale, eps=eps, skip_cls=skip_cls)
     native.run(native.ADD_LAYER_NORM_FWD, x, total=total, out=out, **operands)
     return total, out
@@ -21,11 +22,11 @@ def add_layer_norm_fwd(x, branch, weight, bias, row_scale, eps: float, skip_cls:
 
 def add_layer_norm_bwd(dsum, dnormed, total, weight, row_scale, eps: float, skip_cls: bool, branch_dtype):
     """-> (dx, dbranch, None without a branch_dtype; dweight, dbias). dsum may be None."""
-    dx = total.new_empty(total.shape)
+    dx = fresh(total)
     dbranch = None if branch_dtype is None else total.new_empty(total.shape, dtype=branch_dtype)
     if total.numel() == 0:
         return dx, dbranch, torch.zeros_like(weight), torch.zeros_like(weight)
-    dweight, dbias = (weight.new_empty(weight.shape) for _ in range(2))
+    dweight, dbias = fresh(weight), fresh(weight)
     operands = dict(dout=_unit(dnormed), dsum=_unit(dsum), weight=weight, row_scale=row_scale, eps=eps)
     results = dict(dx=dx, dbranch=dbranch, dweight=dweight, dbias=dbias)
     native.run(native.ADD_LAYER_NORM_BWD, total, skip_cls=skip_cls, **operands, **results)
@@ -34,17 +35,17 @@ def add_layer_norm_bwd(dsum, dnormed, total, weight, row_scale, eps: float, skip
 
 def bias_gelu_fwd(x, bias):
     """x [B, S, D] -> out [B, S, D]."""
-    out = x.new_empty(x.shape)
+    out = fresh(x)
     native.run(native.BIAS_GELU_FWD, x, bias=bias, out=out)
     return out
 
 
 def bias_gelu_bwd(dout, x, bias):
     """dout, x [B, S, D] -> (dx, dbias)."""
-    dx = x.new_empty(x.shape)
+    dx = fresh(x)
     if x.numel() == 0:
         return dx, torch.zeros_like(bias)
-    dbias = bias.new_empty(bias.shape)
+    dbias = fresh(bias)
     native.run(native.BIAS_GELU_BWD, x, dout=_unit(dout), bias=bias, dx=dx, dbias=dbias)
     return dx, dbias
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import torch
 
 from .. import native_cuda
+from ..mounting import fresh
 from ..registry import Backend
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -16,7 +17,7 @@ RESIDENT_MEMBERS = {32: 256, 64: 256, 128: 128}
 
 
 def forward(q, k, v, view, scale, cls_weights, stats=None):
-    out = q.new_empty(q.shape)
+    out = fresh(q)
     native_cuda.attention(q, k, v, out, view, scale, _dense(cls_weights), stats)
     return out
 
@@ -24,7 +25,7 @@ def forward(q, k, v, view, scale, cls_weights, stats=None):
 def backward(dout, q, k, v, view, scale, cls_weights, grads=None, saved=None):
     if dout.stride(3) != 1 and dout.shape[3] > 1:  # y.sum().backward() hands in an expanded scalar
         dout = dout.contiguous()
-    grads = grads or tuple(q.new_empty(q.shape) for _ in range(3))
+    grads = grads or (fresh(q), fresh(q), fresh(q))
     out, stats = saved or (None, None)
     native_cuda.attention(q, k, v, out, view, scale, _dense(cls_weights), stats, (dout, *grads))
     return grads

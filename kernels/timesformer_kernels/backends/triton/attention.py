@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 
 from ...grid import View
+from ...mounting import fresh
 from . import class_row, regimes, resident, streaming
 from .launch import INTERPRETED, Step, capability, float32_precision
 from .regimes import CLS, Plan
@@ -158,7 +159,7 @@ def _parts(stats: torch.Tensor | None, q: torch.Tensor, view: View):
 
 def forward(q, k, v, view: View, scale: float, cls_weights, stats=None) -> torch.Tensor:
     B, S, H, D = q.shape
-    out = q.new_empty(q.shape)
+    out = fresh(q)
     if out.numel() == 0:
         return out
     view = _not_empty(view)
@@ -181,7 +182,7 @@ def forward(q, k, v, view: View, scale: float, cls_weights, stats=None) -> torch
 
 def backward(dout, q, k, v, view: View, scale: float, cls_weights, grads=None, saved=None):
     B, S, H, D = q.shape
-    results = grads or tuple(q.new_empty(q.shape) for _ in range(3))
+    results = grads or (fresh(q), fresh(q), fresh(q))
     if q.numel() == 0:
         return results
     view = _not_empty(view)
@@ -193,7 +194,7 @@ def backward(dout, q, k, v, view: View, scale: float, cls_weights, grads=None, s
         dout = dout.contiguous()
     dq, dk, dv = results
     if not dq.stride() == dk.stride() == dv.stride():  # the kernels know one layout for all three
-        dq, dk, dv = (q.new_empty(q.shape) for _ in range(3))
+        dq, dk, dv = fresh(q), fresh(q), fresh(q)
     layout = _layout(view, (q, k, v, dout, dq, dk, dv), cls_weights is not None, False)
     main, finish = _backward_plan(layout._replace(strides=layout.strides[:5]))
     weights = _dense(cls_weights)

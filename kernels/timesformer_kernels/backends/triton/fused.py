@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 
+from ...mounting import fresh
 from . import fused_kernels as kernels
 from .launch import launch
 
@@ -83,7 +84,7 @@ def add_layer_norm_fwd(x, branch, weight, bias, row_scale, eps: float, skip_cls:
     """-> (sum [B, S, D], None without a branch; normed [B, S, D]), in the dtype of x."""
     B, S, D = x.shape
     rows = B * S
-    total, out = None if branch is None else x.new_empty(x.shape), x.new_empty(x.shape)
+    total, out = None if branch is None else fresh(x), fresh(x)
     vec = _vec(D, x) if branch is None else _vec(D, x, branch)
     t = tile("add_layer_norm_fwd", D, x.element_size(), vec, rows > WIDE_ROWS, skip_cls)
     strides = *_strides(x, vec), *_strides(branch, vec), *_scale_strides(row_scale)
@@ -96,7 +97,7 @@ def add_layer_norm_bwd(dsum, dnormed, total, weight, row_scale, eps: float, skip
     """-> (dx, dbranch, None without a branch_dtype; dweight, dbias). dsum may be None."""
     B, S, D = total.shape
     rows = B * S
-    dx = total.new_empty(total.shape)
+    dx = fresh(total)
     dbranch = None if branch_dtype is None else total.new_empty(total.shape, dtype=branch_dtype)
     if rows == 0:
         return dx, dbranch, torch.zeros_like(weight), torch.zeros_like(weight)
@@ -117,7 +118,7 @@ def bias_gelu_fwd(x, bias):
     """x [B, S, D] -> out [B, S, D]."""
     B, S, D = x.shape
     rows = B * S
-    out, vec = x.new_empty(x.shape), _vec(D, x)
+    out, vec = fresh(x), _vec(D, x)
     t = tile("bias_gelu_fwd", D, x.element_size(), vec, rows > WIDE_ROWS)
     arguments = x, bias, out, *_strides(x, vec), rows, S, *t.constants
     launch(kernels.bias_gelu_fwd_kernel, -(-rows // t.rows) * t.columns, x, arguments, t.options)
@@ -128,7 +129,7 @@ def bias_gelu_bwd(dout, x, bias):
     """dout, x [B, S, D] -> (dx, dbias)."""
     B, S, D = x.shape
     rows = B * S
-    dx = x.new_empty(x.shape)
+    dx = fresh(x)
     if rows == 0:
         return dx, torch.zeros_like(bias)
     dout, dbias, vec = dout.contiguous(), bias.new_empty(D), _vec(D, x)
