@@ -6,8 +6,10 @@ import pytest
 import torch
 from arena import REAL
 from blocks import TINY, clip
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from timesformer import TimeSformer
+from timesformer_kernels import time_attention
 
 
 @pytest.fixture
@@ -89,6 +91,38 @@ def test_dynamic_in_every_size(generator):
             for batch, frames, height, width in ((3, 6, 32, 32), (2, 4, 48, 24), (5, 3, 24, 40)):
                 video = clip(generator, batch, frames, height, width, torch.float32)
                 torch.testing.assert_close(compiled(video), model(video), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["eval", "train"])
+@pytest.mark.parametrize("whole", [True, False], ids=["model", "half-block"])
+def test_dynamic_with_a_scale_of_ones_own(generator, whole, mode):
+    """The scale is a symbol then, and is still checked; one graph serves all batches and frames, and each block's."""
+    grad = mode == "train"
+    module = make(generator, depth=2, qk_scale=0.4, drop_path_rate=0.0).train(grad)
+    if not whole:
+        module = module.blocks[0]
+    graphs = []
+    counting = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(module, fullgraph=True, backend=counting, dynamic=True)
+    with torch.set_grad_enabled(grad):
+        for batch, frames in ((6, 5), (2, 4), (4, 7), (5, 9)):  # equal sizes would be one symbol
+            video = clip(generator, batch, frames, 32, 48)
+            x = (video,) if whole else (video.flatten(1)[:, : 32 * (1 + 24 * frames)].view(batch, -1, 32), frames)
+            got, exact = compiled(*x), module(*x)
+            torch.testing.assert_close(got, exact, rtol=1e-9, atol=1e-10)
+            if grad:
+                pairs = [torch.autograd.grad(y.square().sum(), module.parameters()) for y in (got, exact)]
+                torch.testing.assert_close(*pairs, rtol=1e-9, atol=1e-10)
+            graphs.append(counting.frame_count)
+    assert graphs == graphs[:1] * 4 and graphs[0] > 0
+
+
+@pytest.mark.parametrize("scale", [float("inf"), float("-inf")])  # of a NaN the compiler makes no symbol
+def test_dynamic_scales_are_checked(scale):
+    q = torch.zeros(2, 9, 2, 8)
+    attend = torch.compile(time_attention, backend="aot_eager", dynamic=True)
+    with pytest.raises(ValueError, match=f"scale: got {scale}, expected a finite number"):
+        attend(q, q, q, frames=4, scale=scale)
 
 
 @pytest.mark.parametrize("mode", ["eval", "train"])

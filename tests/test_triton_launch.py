@@ -165,7 +165,10 @@ def check_same_as_tritons_own_way(driver):
         def empty(x, shape, dtype=None):
             return memory.setdefault(next(at), torch.zeros(shape, dtype=dtype or x.dtype))
 
-        with mock.patch.object(torch.Tensor, "new_empty", empty):
+        def like(x, **_):
+            return empty(x, x.shape)
+
+        with mock.patch.object(torch.Tensor, "new_empty", empty), mock.patch.object(torch, "empty_like", like):
             attention.forward(q, k, v, view, scale, None, stats)
             attention.backward(out, q, k, v, view, scale, None, None, (out, stats))
 
@@ -187,6 +190,79 @@ def check_same_as_tritons_own_way(driver):
         assert len(plain) == (2 if cls == "exclude" else 4)
         for calls in (first, later):
             assert all(a.same(b) for a, b in zip(calls, plain, strict=True)), (scheme, cls, shift)
+
+
+def steps_of_a_block(D=64, dtype=torch.bfloat16, shift=0, vectors=torch.float32):
+    """[every fused step of the Triton backend, forward and backward, called with the same memory each time]"""
+    from timesformer_kernels.backends.triton import fused
+
+    x, branch, dsum, dout = (torch.zeros(2 * 9 * D + shift, dtype=dtype)[shift:].view(2, 9, D) for _ in range(4))
+    weight, bias, scale = torch.zeros(D, dtype=vectors), torch.zeros(D, dtype=vectors), torch.ones(2, 9)
+    return [
+        lambda: fused.add_layer_norm_fwd(x, None, weight, bias, None, 1e-6, False),
+        lambda: fused.add_layer_norm_fwd(x, branch, weight, bias, scale, 1e-6, False),
+        lambda: fused.add_layer_norm_fwd(x, branch, weight, bias, None, 1e-5, True),
+        lambda: fused.add_layer_norm_bwd(None, dout, x, weight, None, 1e-6, False, None),
+        lambda: fused.add_layer_norm_bwd(dsum, dout, x, weight, scale[:, 0], 1e-6, True, dtype),
+        lambda: fused.bias_gelu_fwd(x, bias),
+        lambda: fused.bias_gelu_bwd(dout, x, bias),
+    ]
+
+
+def with_memory(memory, call):
+    """call(), whose results lie where they lay before."""
+    at = iter(range(100))
+
+    def empty(x, *shape, dtype=None, **_):
+        shape = shape[0] if shape and not isinstance(shape[0], int) else shape or x.shape
+        return memory.setdefault(next(at), torch.zeros(shape, dtype=dtype or x.dtype))
+
+    with mock.patch.object(torch.Tensor, "new_empty", empty), mock.patch.object(torch, "empty_like", empty):
+        return call()
+
+
+@check
+def check_fused_steps_are_the_same_as_tritons_own_way(driver):
+    """First and later calls; another shape, dtype, alignment or option in between never meets a wrong binary."""
+    from timesformer_kernels.backends.triton import launch
+
+    def own(kernel, programs, args, options):
+        return kernel[(programs,)](*args, **options)
+
+    kinds = (dict(), dict(dtype=torch.float32), dict(shift=1), dict(D=80), dict(vectors=torch.bfloat16))
+    calls = [(step, {}) for kind in kinds for step in steps_of_a_block(**kind)]
+    seen = [[], []]
+    for later in range(2):
+        for step, memory in calls:
+            launched, compiled = driver.during(with_memory, memory, step)
+            assert not (later and compiled)
+            seen[later].append(launched)
+    with mock.patch.object(launch, "_start", own):
+        plain = [driver.during(with_memory, memory, step)[0] for step, memory in calls]
+    for launches in zip(*seen, plain, strict=True):
+        for first, later, exact in zip(*launches, strict=True):
+            assert first.same(exact) and later.same(exact), exact.kernel
+    assert len({x.function for launches in plain for x in launches}) >= 12
+
+
+@check
+def check_later_fused_steps_go_past_tritons_binder(driver):
+    from timesformer_kernels.backends.triton import fused_kernels, launch
+
+    steps = steps_of_a_block()
+    for step in steps:
+        driver.during(step)
+    names = [name for name in vars(fused_kernels) if name.endswith("_kernel")]
+    run = type(fused_kernels.bias_gelu_fwd_kernel).run
+    with contextlib.ExitStack() as patches:
+        binder = patches.enter_context(
+            mock.patch.object(type(fused_kernels.bias_gelu_fwd_kernel), "run", side_effect=run)
+        )
+        assert all(len(driver.during(step)[0]) >= 1 for step in steps) and len(names) == 5
+        assert binder.call_count == 0
+    with mock.patch.object(launch, "MAX_BINARIES", 0):
+        launch._BINARIES.clear()
+        assert all(driver.during(step)[1] == 0 for step in steps for _ in range(2)) and len(launch._BINARIES) == 1
 
 
 @check

@@ -32,7 +32,8 @@ class Mlp(nn.Module):
         the activations."""
         rows = x.numel() // x.shape[-1]
         most = ROWS.get(x.device.type, rows)
-        whole = rows <= most or torch.is_grad_enabled() or steps_of(x, backend) is None
+        # Compiled code asks nothing of a size: it would be compiled again for others.
+        whole = torch.is_grad_enabled() or torch.compiler.is_compiling() or rows <= most or steps_of(x, backend) is None
         if whole or not (plain(self.fc1) and plain(self.fc2)):  # whoever looks at a layer sees all rows at once
             return self._run(x, source, backend)
         size = -(-rows // -(-rows // most))  # parts of equal size

@@ -14,7 +14,6 @@ are refused; backend="reference" is ordinary differentiable torch code and has t
 
 from __future__ import annotations
 
-import math
 import sys
 import warnings
 
@@ -249,7 +248,7 @@ def _attend(q, k, v, view: View, scale, backend: str, cls_weights=None, packed=N
         scale = q.shape[3] ** -0.5
     elif isinstance(scale, bool) or not isinstance(scale, (int, float)):
         raise TypeError(f"scale: got {type(scale).__name__}, expected a number or None")
-    elif not math.isfinite(scale):
+    elif not -sys.float_info.max <= scale <= sys.float_info.max:  # the compiler knows no isfinite of a symbol
         raise ValueError(f"scale: got {scale}, expected a finite number")
     if backend != "auto":
         registry.get(backend)
