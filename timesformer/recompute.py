@@ -30,6 +30,10 @@ class Source(NamedTuple):
     options: tuple = ()
 
 
+def _as(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x if x.dtype is dtype else x.to(dtype)
+
+
 class _Linear(torch.autograd.Function):
     """F.linear(x, weight, bias) that keeps the source of x, which it may lose; differentiable again."""
 
@@ -37,7 +41,7 @@ class _Linear(torch.autograd.Function):
     def forward(ctx, x, weight, bias, make, options, *tensors):
         ctx.save_for_backward(weight, *tensors)
         ctx.make, ctx.options, ctx.dtype = make, options, x.dtype
-        return F.linear(x.to(weight.dtype), weight, bias)
+        return F.linear(_as(x, weight.dtype), weight, bias)
 
     @staticmethod
     def backward(ctx, dy):
@@ -46,11 +50,11 @@ class _Linear(torch.autograd.Function):
         rows = dy.flatten(0, -2)
         dx = dweight = dbias = None
         if need_weight:  # first, and x is gone before dx comes
-            dweight = rows.mT @ ctx.make(*tensors, *ctx.options).to(weight.dtype).flatten(0, -2)
+            dweight = rows.mT @ _as(ctx.make(*tensors, *ctx.options), weight.dtype).flatten(0, -2)
         if need_bias:
             dbias = rows.sum(0)
         if need_x:
-            dx = (dy @ weight).to(ctx.dtype)
+            dx = _as(dy @ weight, ctx.dtype)
         return dx, dweight, dbias, None, None, *[None] * len(tensors)
 
 
@@ -66,6 +70,11 @@ def linear(layer: nn.Module, x: Tensor, source: Source | None, with_bias: bool =
     return product(x, weight, bias if with_bias else None, source)
 
 
+def _ordinary(t: Tensor | None) -> bool:
+    """No subclass, such as a distributed one."""
+    return t is None or type(t) is Tensor or type(t) is nn.Parameter
+
+
 def product(x: Tensor, weight: Tensor, bias: Tensor | None, source: Source | None) -> Tensor:
     """F.linear(x, weight, bias), under the same rule."""
     if (
@@ -74,9 +83,8 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None, source: Source | Non
         or needs_op(x)
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
-        or any(
-            type(t) is not Tensor and type(t) is not nn.Parameter for t in (weight, *source.tensors) if t is not None
-        )
+        or not _ordinary(weight)
+        or not all(map(_ordinary, source.tensors))
     ):
         return F.linear(x, weight, bias)
     if torch.is_autocast_enabled(x.device.type) and weight.dtype != torch.float64:
