@@ -65,6 +65,16 @@ def poisoned(monkeypatch):
 
 
 @contextmanager
+def unpoisoned(monkeypatch):
+    """Without the patches of `poisoned`, which the compiler must not trace."""
+    with monkeypatch.context() as patch:
+        patch.delattr(torch.Tensor, "new_empty")
+        for name in ("empty", "empty_like", "empty_strided"):
+            patch.setattr(torch, name, REAL[name])
+        yield
+
+
+@contextmanager
 def carved(monkeypatch, arena):
     """Fresh float and byte memory on the arena's device is taken from it: outputs and workspaces get guards, too."""
 

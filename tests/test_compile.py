@@ -4,7 +4,7 @@
 import blocks
 import pytest
 import torch
-from arena import REAL
+from arena import unpoisoned
 from blocks import TINY, clip
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -19,12 +19,8 @@ def generator():
 
 @pytest.fixture(autouse=True)
 def traceable(poison, monkeypatch):
-    """The compiler must not trace the patches that fill fresh memory with NaN."""
     torch.compiler.reset()
-    with monkeypatch.context() as patch:
-        patch.delattr(torch.Tensor, "new_empty")
-        for name in ("empty", "empty_like", "empty_strided"):
-            patch.setattr(torch, name, REAL[name])
+    with unpoisoned(monkeypatch):
         yield
     torch.compiler.reset()
 

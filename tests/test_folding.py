@@ -193,6 +193,13 @@ def test_checkpoints_are_unfused(generator, tmp_path):
             assert torch.equal(twin(video), exact)
 
 
+def test_fuse_in_training_mode_changes_no_mode(generator):
+    """What the folded form shares with the model is not put into evaluation mode by the way."""
+    model = make(generator, drop_path_rate=0.5).train().fuse()
+    assert all(m.training for m in model.modules())
+    assert all(block.drop_path.active for block in model.blocks[1:])
+
+
 @pytest.mark.parametrize("change", ["in place", "load", "dtype", "another parameter"])
 def test_a_changed_parameter_is_seen(generator, change):
     model, other, video = make(generator), make(generator), clip(generator)
@@ -267,8 +274,15 @@ def parametrised(model):
 )
 def test_a_model_that_cannot_be_folded_says_why(generator, change, words):
     model = make(generator, dtype=torch.float32)
-    change(model)
-    with pytest.raises(RuntimeError) as caught:
-        model.fuse()
-    assert str(caught.value).startswith("fuse: ") and all(word in str(caught.value) for word in words), caught.value
-    assert not model.fused
+    fused = make(generator, dtype=torch.float32).fuse()
+    for changed in (model, fused):
+        change(changed)
+        before = dict(changed.named_parameters()), dict(changed.named_modules()), changed._folded
+        with pytest.raises(RuntimeError) as caught:
+            changed.fuse()
+        assert str(caught.value).startswith("fuse: ") and all(word in str(caught.value) for word in words), caught.value
+        after = dict(changed.named_parameters()), dict(changed.named_modules()), changed._folded
+        assert all(a is b for a, b in zip(before[0].values(), after[0].values(), strict=True))
+        assert all(a is b for a, b in zip(before[1].values(), after[1].values(), strict=True))
+        assert before[2] is after[2]
+    assert not model.fused and fused.fused

@@ -107,7 +107,7 @@ def version_of(p: Tensor) -> int:
 
 def _form(block: nn.Module) -> nn.Module:
     """A block of the same class whose LayerNorms only normalise, and whose temporal_fc is part of proj."""
-    parts = {}
+    parts = {"drop_path": _with(block.drop_path)}
     for norm, layer in _PAIRS.items():
         if hasattr(block, norm):
             owner, name = layer.split(".")
@@ -118,12 +118,13 @@ def _form(block: nn.Module) -> nn.Module:
         joined = _linear(*fold(_wide(block.temporal_attn.proj), _wide(block.temporal_fc)), block.temporal_fc.weight)
         parts["temporal_attn"] = _with(parts["temporal_attn"], proj=joined)
         parts["temporal_fc"] = nn.Identity()
-    return _with(block, **parts).eval()
+    return _with(block, **parts)
 
 
 def _with(module: nn.Module, **children: nn.Module) -> nn.Module:
-    """The module with other children: everything else is shared."""
+    """The module in evaluation mode with other children: everything else is shared, so that eval() would reach it."""
     twin = copy.copy(module)
+    twin.training = False
     twin._modules = {**module._modules, **children}
     return twin
 
