@@ -11,6 +11,8 @@ KEPT = ("tests/test_memory.py", "-k", "per_block or full_checkpoint or twice or 
 MODES = ("tests/test_memory.py", "-k", "all_modes and not triton")
 PEAK = ("tests/test_memory.py", "-k", "peak")
 SESSION = ("tests/test_session.py",)
+PATHS = ("tests/test_paths.py", "tests/test_folding.py", "-k", "not triton")
+SCALE = ("tests/test_compile.py", "-k", "scale_of")
 
 MODULE, STREAM_PY, MLP, MODEL = (f"timesformer/{name}.py" for name in ("attention", "stream", "mlp", "model"))
 FOLDING, RECOMPUTE, INFERENCE, LAYERS = (
@@ -83,7 +85,7 @@ MUTANTS = [
         FOLD,
     ),
     Mutant("a fold under the eyes of a hook", MODULE, "            and plain(attn, Attention)\n", "", FOLD),
-    Mutant("a fold that does not pay", MODULE, "x.shape[0] * x.shape[1] > self.dim", "x.shape[0] >= 0", FOLD),
+    Mutant("a fold that does not pay", MODULE, "x.shape[0] * x.shape[1] <= self.dim", "x.shape[0] < 0", FOLD),
     Mutant(
         "shift of LayerNorm lost",
         FOLDING,
@@ -98,10 +100,10 @@ MUTANTS = [
         "wide.weight * norm.weight.to(wide.weight.dtype).mean()",
         FOLD,
     ),
-    Mutant("a changed weight goes unnoticed", FOLDING, "or version_of(p) != version\n", "\n", FOLD),
+    Mutant("a changed weight goes unnoticed", FOLDING, "or version_of(p) != version:\n", ":\n", FOLD),
     Mutant("a moved weight goes unnoticed", FOLDING, "or p.data_ptr() != address ", "", FOLD),
     Mutant("the folded form trains", FOLDING, "torch.is_grad_enabled() or block.training or ", "", FOLD),
-    Mutant("a hook after fuse is not called", FOLDING, "or any(watched(m) for m, *_ in self._parts)", "", FOLD),
+    Mutant("a hook after fuse is not called", FOLDING, "seen = seen or watched(m)", "pass", FOLD),
     Mutant("copies stay fused", MODEL, '{**self.__dict__, "_folded": None}', "self.__dict__", FOLD),
     Mutant("an adapter is folded", LAYERS, "type(layer) is kind and", "isinstance(layer, kind) and", FOLD),
     # What training keeps
@@ -130,6 +132,12 @@ MUTANTS = [
         "dtype = torch.get_autocast_dtype(x.device.type)",
         "dtype = torch.float32",
         KEPT,
+    ),
+    # Host cost
+    Mutant("host: fuse turns stochastic depth off", FOLDING, '{"drop_path": _with(block.drop_path)}', "{}", PATHS),
+    Mutant("host: the folded form in training mode", FOLDING, "    twin.training = False\n", "", PATHS),
+    Mutant(
+        "host: compiled code asks for the number of rows", MLP, "torch.compiler.is_compiling() or rows", "rows", SCALE
     ),
     # Sessions
     Mutant("a session runs any shape", INFERENCE, " or tuple(video.shape) not in self.shapes", "", SESSION),

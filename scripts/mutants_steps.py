@@ -16,6 +16,7 @@ CALLS = ("tests/test_fused_ops.py", "-k", "bad_calls or auto or another_struct o
 
 STEPS, ROWS, NORMAL = "csrc/cpu/steps.cpp", "csrc/cpu/rows.h", "csrc/cpu/normal.h"
 DISPATCH, PYTHON, BACKEND = "csrc/cpu/dispatch.cpp", f"{PACKAGE}/native_steps.py", f"{PACKAGE}/backends/cpp_steps.py"
+CHECKS, BAD = f"{PACKAGE}/fused_checks.py", ("tests/test_fused_ops.py", "tests/test_bad_input.py", "-k", "not triton")
 FUSED = f"{PACKAGE}/fused.py"
 
 MUTANTS = [
@@ -194,6 +195,23 @@ MUTANTS = [
         '"cpp": _cpp, "reference": lambda: REFERENCE}',
         '"reference": lambda: REFERENCE, "cpp": _cpp}',
         CALLS,
+    ),
+    Mutant(
+        "host: vectors of any dtype are usual",
+        CHECKS,
+        "t.shape != width or t.dtype is not dtype or",
+        "t.shape != width or",
+        BAD,
+    ),
+    Mutant("host: vectors of any width are usual", CHECKS, "or t.shape != width or", "or", BAD),
+    Mutant("host: a branch of any shape is usual", CHECKS, "t.shape == x.shape and t.dtype", "t.dtype", BAD),
+    Mutant("host: any eps is usual", CHECKS, "        and _LEAST_EPS <= eps < math.inf\n", "", BAD),
+    Mutant(
+        "host: strided rows are usual",
+        CHECKS,
+        "or not x.is_contiguous():",
+        "or False:",
+        BAD,
     ),
     Mutant("steps: an expanded gradient read as dense", BACKEND, "dout.stride(2) == 1 or", "True or", MEMORY),
 ]

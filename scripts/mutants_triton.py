@@ -10,6 +10,7 @@ FINITE = (FILE, "-k", "finite or infinity or length_bucket")
 AXES = (FILE, "-k", "several_axes")
 HEAD_DIMS = (FILE, "-k", "head_dims or length_bucket")
 MEMORY = (FILE, "-k", "alignment or 32_bits or gradients_of or keeps")
+LAUNCH = ("tests/test_triton_launch.py",)
 PLANS = (FILE, "-k", "keeps or tile or table or launch_dimension or tf32 or widened or dtype")
 
 DEVICE, RESIDENT, STREAMING, CLASS_PY, HOST, REGIMES = (
@@ -266,5 +267,19 @@ MUTANTS = [
         "smaller += size < largest",
         "smaller += 2 * (size < largest)",
         (FILE, "-k", "padded or waste"),
+    ),
+    Mutant(
+        "host: a launch's binary serves any alignment",
+        f"{PACKAGE}/backends/triton/launch.py",
+        "(x.dtype, x.data_ptr() % 16 == 0) if isinstance(x, torch.Tensor)",
+        "(x.dtype,) if isinstance(x, torch.Tensor)",
+        LAUNCH,
+    ),
+    Mutant(
+        "host: a launch's binary serves any number",
+        f"{PACKAGE}/backends/triton/launch.py",
+        "else (type(x), x))",
+        "else type(x))",
+        LAUNCH,
     ),
 ]
