@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Mutants of the Triton kernels and of their host code, for scripts/mutate.py; killed in Triton's interpreter."""
 
-from mutants import Mutant
+from mutants import PACKAGE, Mutant
 
 FILE = "tests/test_triton_attention.py"
 LENGTHS = (FILE, "-k", "length_bucket or class_mode")
