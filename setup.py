@@ -36,9 +36,12 @@ CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-err
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", *AVX2, "-mprefer-vector-width=512"]
 PER_ISA = ("attention", "steps")  # sources that are compiled once for each of these
+ONLY = {"amx": ("attention",)}  # of them, what an instruction set changes; the rest is that of the one before it
 ISAS = {"baseline": []}
 if platform.machine().lower() in ("x86_64", "amd64"):
     ISAS |= {"avx2": AVX2, "avx512": AVX512, "avx512bf16": [*AVX512, "-mavx512bf16"]}
+    if sys.platform == "linux":  # which lends the tiles' registers on request
+        ISAS |= {"amx": [*ISAS["avx512bf16"], "-mamx-tile", "-mamx-bf16"]}
 
 NVCC_FLAGS = ["-std=c++17", "-O3", "-lineinfo", "-cudart=static", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall"]
 NVCC_FLAGS += ["-Xlinker=--exclude-libs,ALL"]  # the CUDA run-time inside is not to be mixed up with torch's
@@ -176,7 +179,7 @@ def build_cpu(library, temp, workers):
     have = [f"-DTSK_HAVE_{isa.upper()}=1" for isa in isas]
     units = [(source, temp / f"{source.stem}.o", have) for source in sources if source.stem not in PER_ISA]
     for isa, flags in isas.items():
-        for stem in PER_ISA:
+        for stem in ONLY.get(isa, PER_ISA):
             units.append((CSRC / f"cpu/{stem}.cpp", temp / f"{stem}_{isa}.o", [f"-DTSK_ISA={isa}", *flags]))
     run_ninja(ninja, temp, ninja_file(cxx, library, units), workers)
     version = subprocess.check_output([*cxx, "--version"], encoding="utf-8", errors="replace").splitlines()[0]

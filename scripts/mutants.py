@@ -18,6 +18,10 @@ BAD_INPUT = ("tests/test_bad_input.py",)
 
 CALL, FWD, BWD, SHORT = (f"csrc/cpu/{name}.h" for name in ("call", "forward", "backward", "short"))
 GEMM, SIMD, DISPATCH = "csrc/cpu/gemm.h", "csrc/cpu/simd.h", "csrc/cpu/dispatch.cpp"
+TILES, TILE_ATTENTION = "csrc/cpu/tiles.h", "csrc/cpu/tile_attention.h"
+AMX = ("tests/test_attention.py", "-k", "(lengths or every_scheme or gradients_of) and amx")
+AMX_CLASS_ROW = ("tests/test_attention.py", "-k", "(class_row or every_scheme) and amx")
+AMX_HEAD_DIMS = ("tests/test_attention.py", "-k", "(head_dims or hard_inputs) and amx")
 PACKAGE = "kernels/timesformer_kernels"
 GRID_PY, OPS_PY, REGISTRY_PY = (f"{PACKAGE}/{name}.py" for name in ("grid", "ops", "registry"))
 NATIVE_PY, CPP_PY = f"{PACKAGE}/native.py", f"{PACKAGE}/backends/cpp.py"
@@ -34,6 +38,51 @@ class Mutant(NamedTuple):
 
 
 MUTANTS = [
+    # Matrix units: on a chip that has them
+    Mutant("AMX: the depth of a product ends early", TILES, "k < K; k += kDeep", "k + kDeep < K; k += kDeep", AMX),
+    Mutant("AMX: pairs of one row", TILES, "from + (i + 1) * from_row + j", "from + i * from_row + j", AMX),
+    Mutant(
+        "AMX: sums of the blocks before forgotten",
+        TILE_ATTENTION,
+        "y_pairs, t.dim, sum, t.dim, i0 > 0)",
+        "y_pairs, t.dim, sum, t.dim, false)",
+        AMX,
+    ),
+    Mutant(
+        "AMX: scores behind the keys count",
+        TILE_ATTENTION,
+        "keep_below<float>(exp(load(s + last) * scale - top), n - last, 0.0f)",
+        "exp(load(s + last) * scale - top)",
+        AMX,
+    ),
+    Mutant(
+        "AMX: rows behind the queries are left over",
+        TILE_ATTENTION,
+        "memset(ds + n * t.depth_keys, 0, (depth - n) * t.depth_keys * sizeof(T));",
+        "",
+        AMX_CLASS_ROW,
+    ),
+    Mutant(
+        "AMX: the class row's weight dropped",
+        TILE_ATTENTION,
+        "first && !global ? c.weight(b, g) : 1.0f",
+        "1.0f",
+        AMX_CLASS_ROW,
+    ),
+    Mutant(
+        "AMX: dK without the scale",
+        TILE_ATTENTION,
+        "store_row<T>(dk_rows(j), dk + j * t.dim, c.D, c.scale)",
+        "store_row<T>(dk_rows(j), dk + j * t.dim, c.D, 1.0f)",
+        AMX,
+    ),
+    Mutant(
+        "AMX: elements behind head_dim are not zero",
+        TILE_ATTENTION,
+        "memset(to + i * row + D, 0, (row - D) * sizeof(BFloat16));",
+        "",
+        AMX_HEAD_DIMS,
+    ),
     # Layout and strides
     Mutant(
         "rows of a group taken as neighbours",

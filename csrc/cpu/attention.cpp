@@ -12,6 +12,13 @@
 // The class row belongs to many groups. Each group writes its share to the workspace and a last phase adds the shares
 // in group order, so that results do not depend on threads.
 #include "backward.h"
+#include "tile_attention.h"
+
+#if defined(__AMX_BF16__)
+namespace tsk::avx512bf16 {
+extern const Kernels kernels;
+}
+#endif
 
 #define TSK_STRING_(x) #x
 #define TSK_STRING(x) TSK_STRING_(x)
@@ -19,6 +26,25 @@
 namespace tsk::TSK_ISA {
 namespace {
 
+template <class T>
+int64_t bytes(const Job& job, bool backward, T*) {
+  return Call<T>(job, backward).bytes;
+}
+
+#if defined(__AMX_BF16__)
+// Matrix units multiply bfloat16; all else runs as on the same chip without them.
+int64_t workspace(const Job& job, bool backward) {
+  if (job.a->dtype != TSK_BF16) return avx512bf16::kernels.workspace(job, backward);
+  return bytes(job, backward, (BFloat16*)nullptr);
+}
+
+void run_forward(const Job& job) {
+  job.a->dtype == TSK_BF16 ? forward<BFloat16>(job, tile_forward) : avx512bf16::kernels.forward(job);
+}
+void run_backward(const Job& job) {
+  job.a->dtype == TSK_BF16 ? backward<BFloat16>(job, tile_backward) : avx512bf16::kernels.backward(job);
+}
+#else
 // Calls f with a null pointer of the job's storage type.
 template <class F>
 void with_dtype(const Job& job, F f) {
@@ -32,11 +58,6 @@ void with_dtype(const Job& job, F f) {
     default:
       return f((double*)nullptr);
   }
-}
-
-template <class T>
-int64_t bytes(const Job& job, bool backward, T*) {
-  return Call<T>(job, backward).bytes;
 }
 
 int64_t workspace(const Job& job, bool backward) {
@@ -56,6 +77,7 @@ void run_forward(const Job& job) {
 void run_backward(const Job& job) {
   with_dtype(job, [&](auto* type) { run(job, true, type); });
 }
+#endif
 
 }  // namespace
 

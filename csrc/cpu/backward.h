@@ -161,9 +161,9 @@ void backward_cls(const Job& job, int64_t worker) {
 }
 
 template <class T>
-void backward(const Job& job) {
+void backward(const Job& job, void (*groups)(const Job&, int64_t) = backward_groups<T>) {
   if (job.a->cls == TSK_CLS_GLOBAL) job.parallel(job, backward_stats<T>);
-  if (job.G && job.L + job.cls_key) job.parallel(job, is_short(job) ? short_attention<T, true> : backward_groups<T>);
+  if (job.G && job.L + job.cls_key) job.parallel(job, is_short(job) ? short_attention<T, true> : groups);
   if (job.a->cls != TSK_CLS_NONE) job.parallel(job, backward_cls<T>);
 }
 

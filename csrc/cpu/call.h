@@ -3,6 +3,7 @@
 #pragma once
 #include "attention.h"
 #include "gemm.h"
+#include "tiles.h"
 
 namespace tsk::TSK_ISA {
 
@@ -184,8 +185,13 @@ struct Call {
         backward ? 3 * packed + 2 * turned + 3 * row + 2 * square : packed + turned + 2 * row + square;
     const int64_t by_short = 5 * packed;
     const int64_t by_class = 5 * (Dp + pad) + (a.cls == TSK_CLS_GLOBAL ? round_up(a.tokens, kWidth<C>) + pad : 0);
+    int64_t by_tiles = 0;
+#if defined(__AMX_BF16__)
+    by_tiles = TileSizes(keys, D, queries).scratch(backward);
+#endif
     const int64_t token_list = L * 8 / int64_t(sizeof(C)) + pad;
-    scratch_bytes = round_up((token_list + largest(by_block, largest(by_short, by_class))) * int64_t(sizeof(C)), 64);
+    scratch_bytes = round_up(
+        (token_list + largest(largest(by_block, by_tiles), largest(by_short, by_class))) * int64_t(sizeof(C)), 64);
     bytes = scratch - static_cast<char*>(a.workspace) + scratch_bytes * job.workers;
   }
 

@@ -2,6 +2,11 @@
 // The C entry points: checks, the instruction set chosen at run time, threads borrowed from the caller.
 #include <stdio.h>
 #include <string.h>
+#ifdef TSK_HAVE_AMX
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include "attention.h"
 #include "steps.h"
@@ -11,6 +16,11 @@
   extern const Kernels kernels;   \
   extern const StepKernels steps; \
   }
+#ifdef TSK_HAVE_AMX
+namespace tsk::amx {
+extern const Kernels kernels;
+}
+#endif
 #ifdef TSK_HAVE_AVX512BF16
 TSK_DECLARE(avx512bf16)
 #endif
@@ -35,7 +45,18 @@ int32_t fail(int32_t status, const char* format, Args... args) {
 
 // --- instruction sets -----------------------------------------------------------------------------------------------
 
-constexpr int kMaxIsas = 4;
+#ifdef TSK_HAVE_AMX
+// Whether the chip has matrix units for bfloat16 and the kernel lets this process keep their state, which it asks for.
+bool has_amx() {
+  constexpr unsigned bf16 = 1u << 22, tile = 1u << 24;  // of leaf 7
+  constexpr long request = 0x1023, tile_data = 18;      // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  unsigned a, b, c, d;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & bf16) || !(d & tile)) return false;
+  return syscall(SYS_arch_prctl, request, tile_data) == 0;
+}
+#endif
+
+constexpr int kMaxIsas = 5;
 struct Isas {
   struct Isa {
     const Kernels* attention;
@@ -58,7 +79,11 @@ struct Isas {
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 #ifdef TSK_HAVE_AVX512BF16
-    if (avx512 && __builtin_cpu_supports("avx512bf16")) add(avx512bf16::kernels, avx512bf16::steps);
+    const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+#ifdef TSK_HAVE_AMX
+    if (bf16 && has_amx()) add(amx::kernels, avx512bf16::steps);
+#endif
+    if (bf16) add(avx512bf16::kernels, avx512bf16::steps);
 #endif
     if (avx512) add(avx512::kernels, avx512::steps);
 #endif

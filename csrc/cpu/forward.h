@@ -86,8 +86,8 @@ void forward_cls(const Job& job, int64_t worker) {
 }
 
 template <class T>
-void forward(const Job& job) {
-  if (job.G && job.L + job.cls_key) job.parallel(job, is_short(job) ? short_attention<T, false> : forward_groups<T>);
+void forward(const Job& job, void (*groups)(const Job&, int64_t) = forward_groups<T>) {
+  if (job.G && job.L + job.cls_key) job.parallel(job, is_short(job) ? short_attention<T, false> : groups);
   if (job.a->cls != TSK_CLS_NONE) job.parallel(job, forward_cls<T>);
 }
 

@@ -9,7 +9,9 @@
 #include <string.h>
 #if defined(__x86_64__)
 #if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 warns about its own avx512fintrin.h (GCC bug 105593)
+// GCC 12 warns about its own avx512fintrin.h (GCC bug 105593).
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #endif
 #include <immintrin.h>
 #endif
@@ -218,6 +220,16 @@ TSK_INLINE C hsum(Vec<C> v) {
   for (int i = 1; i < kWidth<C>; ++i) s += v[i];
   return s;
 }
+#if defined(__AVX512F__)  // halves, not one lane after the other: a row of attention waits for both
+template <>
+TSK_INLINE float hmax<float>(Vec<float> v) {
+  return _mm512_reduce_max_ps((__m512)v);
+}
+template <>
+TSK_INLINE float hsum<float>(Vec<float> v) {
+  return _mm512_reduce_add_ps((__m512)v);
+}
+#endif
 // `v` with the lanes from n on replaced by `x`.
 template <class C>
 TSK_INLINE Vec<C> keep_below(Vec<C> v, int64_t n, C x) {
