@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One training step of TimeSformer-B: forward, loss, backward, AdamW. With --full, and in --tiny runs."""
+"""One training step of TimeSformer-B: forward, loss, backward, AdamW. With --train or --full, and in --tiny runs."""
 
 import peers
 import pytest
@@ -14,7 +14,6 @@ def pytest_generate_tests(metafunc):
 
 
 def test_train_step(request, measure, spec, direction, row):
-    option = request.config.getoption
-    if not (option("--full", False) or option("--tiny", False)):
-        pytest.skip("train step: runs with --full")
+    if not any(request.config.getoption(name, False) for name in ("--train", "--full", "--tiny")):
+        pytest.skip("train step: runs with --train or --full")
     measure(peers.problem(*spec), row, direction, seconds=120.0, warmup=1, table_seconds=0)

@@ -30,6 +30,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # torch's profiler, which measur
 def pytest_addoption(parser):
     group = parser.getgroup("timesformer benchmarks")
     group.addoption("--full", action="store_true", help="all shapes, peers and directions, and a training step")
+    group.addoption("--train", action="store_true", help="a training step, too: some minutes")
     group.addoption("--tiny", action="store_true", help="tiny shapes only: tests the benchmarks, measures nothing")
     group.addoption("--threads", type=int, default=1, help="threads of torch and of the kernels (default: 1)")
 

@@ -33,11 +33,6 @@ class ModelProblem(HuggingFaceProblem):
     def op(self):
         return "TimeSformer-B" if (self.depth, self.shape.dim) == (12, 768) else "TimeSformer"
 
-    def peers(self, full):
-        """On a CPU SDPA changes a few per cent of the model, and a row takes a minute."""
-        names = super().peers(full)
-        return names if full or self.device == "cuda" else [name for name in names if name != "huggingface-sdpa"]
-
     def build(self):
         return self.model_of(self.depth)
 
