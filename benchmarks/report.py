@@ -262,11 +262,16 @@ def summary(result: dict, row: str = "cpp") -> str:
     """One line of attention per group, for one row, and the tables of the other kinds that have one worth reading."""
     if any(bench["extra_info"].get("device") == "cuda" for bench in result["benchmarks"]):
         return device_summary(result, row)
-    header = first = None
-    lines, others = [], []
+    header = first = of_steps = None
+    lines, others, steps = [], [], []
     for rows in groups(result).values():
         facts = next(iter(rows.values()))
-        if facts["kind"] in ("model", "module", "step", "video"):
+        if facts["kind"] == "step" and row in measured(rows):
+            cells = [line.strip("| ").split(" | ") for line in step(rows).splitlines()]
+            (mine,) = (line for line in cells[2:] if line[0] == row)
+            of_steps = of_steps or (["", *cells[0][:6]], rows)
+            steps.append([f"{facts['op']}, {facts['direction']}, {facts['dtype']}", *mine[1:7]])
+        elif facts["kind"] in ("model", "module", "video"):
             others.append(caption(rows, result) + "\n\n" + table_of(rows))
         elif facts["kind"] == "attention" and row in measured(rows):
             cells = [line.strip("| ").split(" | ") for line in attention(rows).splitlines()]
@@ -275,8 +280,11 @@ def summary(result: dict, row: str = "cpp") -> str:
             lines.append([f"{facts['op']}, {facts['direction']}, {facts['dtype']}", *mine[1:9]])
     if not lines:
         raise ValueError(f"row: no attention row {row!r} in this file")
-    title = caption(first, result).split("** ", 1)[1]
-    return "\n\n".join([f"**`{row}`.** {title}\n\n" + table(header, lines), *others])
+    shown = [("", first, table(header, lines))]
+    if of_steps:
+        shown.append((", the other steps", of_steps[1], table(of_steps[0], steps)))
+    titles = [f"**`{row}`{what}.** {caption(rows, result).split('** ', 1)[1]}\n\n{text}" for what, rows, text in shown]
+    return "\n\n".join([*titles, *others])
 
 
 def ends(found: dict[str, dict]) -> dict[str, dict]:
