@@ -235,14 +235,34 @@ def test_model_and_overhead_tables(tmp_path):
     assert rows["cpp"] == ["12.5"]
 
 
+def test_video_and_step_tables(tmp_path):
+    clip = dict(kind="video", op="a clip of a video", shape="8 frames")
+    step = dict(kind="step", op="add layer norm", shape="8x224: 1 x 1569 rows of 768", max_err=2e-6)
+    path = fabricated(
+        tmp_path,
+        bench("v", "spread", 30.0, **clip),
+        bench("v", "model", 120.0, **clip),
+        bench("s", "triton", 2.0, **step),
+        bench("s", "torch", 5.0, **step),
+        bench("s", "copy", 1.5, kind="step", op="add layer norm", shape="8x224: 1 x 1569 rows of 768"),
+    )
+    _, rows = rendered(path)
+    assert rows["spread"] == ["30.0", "25.0%"] and rows["model"] == ["120.0", "100.0%"]
+    assert rows["triton"] == ["2.00", "2.50", "75%", "1.00", "2.50", "75%", "2.0e-06", "–"]
+
+
 def test_summary(tmp_path):
     common = dict(kind="attention", op="space attention", shape="8x224: B=1")
     benchmarks = [bench("g", "cpp", 2.0, **common), bench("g", "sdpa", 5.0, **common)]
     benchmarks += [bench("m", "ours", 105.0, kind="model", op="TimeSformer-B", shape="8x224: B=1")]
+    step = dict(kind="step", op="bias gelu", shape="8x224: 1 x 1569 rows of 3072")
+    benchmarks += [bench("s", "cpp", 2.0, **step), bench("s", "torch", 5.0, **step), bench("s", "copy", 1.5, **step)]
     run = python(REPORT, "--summary", fabricated(tmp_path, *benchmarks))
     assert "| space attention, forward, float32 | 2.00 | 2.50 | – | – | 1.00 | 2.50 | – | – |" in run.stdout, run.stderr
     assert "|  | cold ms | x sdpa | x eager | copy | warm ms | x sdpa | x eager | copy |" in run.stdout
     assert "Chip 9000" in run.stdout and "| ours | 105.0 |" in run.stdout
+    assert "**`cpp`, the other steps.** 8x224: 1 x 1569 rows of 3072" in run.stdout
+    assert "| bias gelu, forward, float32 | 2.00 | 2.50 | 75% | 1.00 | 2.50 | 75% |" in run.stdout
     run = python(REPORT, "--summary", fabricated(tmp_path, benchmarks[1]))
     assert run.returncode == 2 and "'cpp'" in run.stderr
 
