@@ -18,7 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from mutants import MUTANTS
+from mutants import MUTANTS, TILE_ATTENTION, TILES
 from mutants_choice import MUTANTS as CHOICE
 from mutants_cuda import MUTANTS as CUDA
 from mutants_hopper import MUTANTS as HOPPER
@@ -33,6 +33,9 @@ FLAGS = {
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mf16c"],
 }
+FLAGS["avx512bf16"] = [*FLAGS["avx512"], "-mavx512bf16"]
+FLAGS["amx"] = [*FLAGS["avx512bf16"], "-mamx-tile", "-mamx-bf16"]
+ATTENTION_ALONE = ("amx",)  # its other kernels are those of the one before it
 LIBRARY = "kernels/timesformer_kernels/_cpu.so"
 
 
@@ -49,16 +52,16 @@ class Tree:
 
     def build(self):
         """None, or the compiler's message. One compilation for each kernel file, all at once."""
-        flags = ["-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-w", *FLAGS[self.isa]]
+        flags = ["-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-w"]
         have = [] if self.isa == "baseline" else [f"-DTSK_HAVE_{isa.upper()}=1" for isa in FLAGS if isa != "baseline"]
         compiler, jobs, objects = os.environ.get("CXX", "g++"), [], []
         for isa in dict.fromkeys(("baseline", *(FLAGS if self.isa != "baseline" else ()))):
             extra = [*flags, *FLAGS[isa], f"-DTSK_ISA={isa}"]
-            for stem in ("attention", "steps"):
+            for stem in ("attention", "steps")[: 1 if isa in ATTENTION_ALONE else 2]:
                 jobs.append((extra, self.root / f"csrc/cpu/{stem}.cpp", self.root / f"{stem}_{isa}.o"))
         for source in (self.root / "csrc/cpu").glob("*.cpp"):
             if source.stem not in ("attention", "steps"):
-                jobs.append(([*flags[:6], *have], source, self.root / f"{source.stem}.o"))
+                jobs.append(([*flags, *have], source, self.root / f"{source.stem}.o"))
         running = []
         for extra, source, target in jobs:
             command = [compiler, *extra, "-c", str(source), "-o", str(target)]
@@ -124,6 +127,10 @@ def main():
     chosen = (*MUTANTS, *CHOICE, *TRITON, *CUDA, *HOPPER, *MODEL, *STEPS)
     mutants = [m for m in chosen if options.only in m.name or options.only in m.file]
     stale = check_patterns(mutants)
+    if options.isa != "amx" and not options.list:
+        before, mutants = len(mutants), [m for m in mutants if m.file not in (TILES, TILE_ATTENTION)]
+        if before > len(mutants):
+            print(f"{before - len(mutants)} mutants left out: they need --isa amx, and a chip that has it")
     if options.list:
         print("\n".join(f"{m.file:45} {m.name}" for m in mutants))
     for line in stale:
