@@ -2,6 +2,8 @@
 """Decoding real files made here: which frame is which is read from the picture, never from timestamps."""
 
 import logging
+import math
+import re
 import struct
 from contextlib import contextmanager
 from fractions import Fraction
@@ -220,15 +222,15 @@ def test_a_broken_end_still_gives_the_frames_in_the_decoder(clip):
 def rotate(path, degrees):
     """Write a display matrix into an mp4: `degrees` clockwise, as phones do."""
     data = bytearray(path.read_bytes())
-    one = 1 << 16
-    a, b, c, d = {90: (0, one, -one, 0), 180: (-one, 0, 0, -one), 270: (0, -one, one, 0)}[degrees]
+    a, b = (round(turn(math.radians(degrees)) * (1 << 16)) for turn in (math.cos, math.sin))
+    c, d = -b, a
     place = data.index(b"tkhd") + 4 + 40  # version 0: the 3 x 3 matrix follows 40 bytes of header
     data[place : place + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
     path.write_bytes(data)
 
 
 @pytest.mark.parametrize("degrees", [90, 180, 270])
-def test_rotation(folder, degrees):
+def test_rotation(folder, degrees, caplog):
     path = folder / f"rotated{degrees}.mp4"
     frames = np.full((3, 48, 64, 3), 20, np.uint8)
     frames[:, :16, :16] = 230  # a mark in the stored picture's top left corner
@@ -239,7 +241,24 @@ def test_rotation(folder, degrees):
     assert image.shape[:2] == (info.height, info.width) == ((64, 48) if degrees != 180 else (48, 64))
     # turning clockwise carries the top left corner to top right, bottom right, bottom left
     corner = {90: image[:8, -8:], 180: image[-8:, -8:], 270: image[-8:, :8]}[degrees]
-    assert corner.mean() > 200 and image.mean() < 80
+    assert corner.mean() > 200 and image.mean() < 80 and not caplog.records
+
+
+@pytest.mark.parametrize("degrees, nearest", [(10, 0), (100, 90), (350, 0)])
+def test_an_angle_that_is_not_right(folder, caplog, degrees, nearest):
+    """Read turned by the nearest right angle, and said."""
+    path = folder / f"tilted{degrees}.mp4"
+    frames = np.full((3, 48, 64, 3), 20, np.uint8)
+    frames[:, :16, :16] = 230
+    write_video(path, frames, 30)
+    rotate(path, degrees)
+    with caplog.at_level(logging.WARNING, "timesformer"):
+        info = probe(path)
+    (told,) = re.findall(r"to be turned by some (\d+) degrees, is by (\d+)", caplog.text)
+    assert abs(int(told[0]) - (360 - degrees)) <= 1 and int(told[1]) == -nearest % 360  # counter-clockwise
+    assert (info.height, info.width) == ((64, 48) if nearest else (48, 64))
+    image = read_frames(path, [1], info=info)[0]
+    assert (image[:8, -8:] if nearest else image[:8, :8]).mean() > 200
 
 
 # Writing
