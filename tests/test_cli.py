@@ -305,7 +305,7 @@ def test_unusable_device(capsys, video, model):
 
 def test_demo(capsys, tmp_path):
     keep = tmp_path / "kept.mp4"
-    code, out, err = call(capsys, "demo", "--tiny", "--keep", keep, "--json")
+    code, out, err = call(capsys, "demo", "--tiny", "--clip", 0, "--keep", keep, "--json")
     result = json.loads(out)
     assert code == 0 and result["agree"] and result["relative_difference"] <= result["limit"] == 1e-4
     assert (result["video"]["frames"], result["video"]["codec"]) == (264, "h264")
@@ -316,7 +316,7 @@ def test_demo(capsys, tmp_path):
 
 
 def test_demo_text(capsys):
-    code, out, _ = call(capsys, "demo", "--tiny", "--frames", 2, "--seed", 3, "--dtype", "float64")
+    code, out, _ = call(capsys, "demo", "--tiny", "--clip", 0, "--frames", 2, "--seed", 3, "--dtype", "float64")
     assert code == 0
     assert "UNTRAINED, random weights from seed 3" in out and "agreement  yes" in out
     assert "frames 0, 255" in out
@@ -339,14 +339,14 @@ def test_demo_notices_a_wrong_grouping(capsys, monkeypatch, scheme):
     monkeypatch.setattr(attention, "grid_attention_qkvpacked", wrong)
     if registry.resolve("auto", "cpu", torch.float32, 8).name == "reference":
         pytest.skip("no fused backend runs here")
-    code, out, _ = call(capsys, "demo", "--tiny", "--json")
+    code, out, _ = call(capsys, "demo", "--tiny", "--clip", 0, "--json")
     result = json.loads(out)
     assert called and code == 1 and not result["agree"] and result["relative_difference"] > 0.1
 
 
 def test_demo_without_tqdm(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "tqdm", None)
-    code, _, err = call(capsys, "demo", "--tiny")
+    code, _, err = call(capsys, "demo", "--tiny", "--clip", 0)
     assert code == 0
     assert err.splitlines()[0].startswith("[1/7] drawing clip") and err.splitlines()[-1].startswith("[7/7]")
 

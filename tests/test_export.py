@@ -3,6 +3,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import blocks
 import pytest
@@ -130,11 +131,11 @@ def test_failing_half_way_leaves_nothing(generator, tmp_path, monkeypatch):
     """The disk fills while the file is written: the old file stays, and no part of the new one."""
     (tmp_path / "model.pt2").write_bytes(b"old")
 
-    def save(program, path):
-        path.write_bytes(b"half")
+    def half(path, data):
+        path.write_text("half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(torch.export, "save", save)
-    with pytest.raises(OSError, match="No space left"):
+    monkeypatch.setattr(Path, "write_bytes", half)
+    with pytest.raises(OSError, match="cannot write .*model.pt2: No space left"):
         export_pt2(make(generator), tmp_path / "model.pt2")
     assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"old"]

@@ -211,8 +211,8 @@ def test_disk_full(whole, data, tmp_path, capsys, first):
         line = error_of(capsys, *argv)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert f"cannot write the checkpoint {run / 'checkpoint.pt'}: File too large" in line
-    assert line.endswith("the one before it is kept") is not first
+    assert f"cannot write {run / 'checkpoint.pt'}: File too large" in line
+    assert line.endswith("the checkpoint before it is kept") is not first
     assert not (run / "model").exists()
     assert [path.name for path in run.iterdir() if path.suffix in (".pt", ".tmp")] == (
         [] if first else ["checkpoint.pt"]

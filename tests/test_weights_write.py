@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -205,8 +206,8 @@ def test_safetensors_is_asked_for(monkeypatch, tmp_path):
 
 
 def half_then_fail(*args, **kwargs):
-    path = next(arg for arg in args if isinstance(arg, os.PathLike))
-    path.write_bytes(b"half of a file")
+    file = next(arg for arg in args if isinstance(arg, os.PathLike) or hasattr(arg, "write"))
+    Path(file.name if hasattr(file, "write") else file).write_bytes(b"half of a file")
     raise OSError(28, "No space left on device")
 
 

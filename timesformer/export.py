@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import logging
 import os
 import warnings
@@ -56,13 +57,10 @@ def export_program(
 def export_pt2(model: TimeSformer, path: str | os.PathLike, **options) -> None:
     """Write `export_program(model, **options)` for `torch.export.load`. The file appears whole or not at all."""
     program = export_program(model, **options)
+    buffer = io.BytesIO()  # torch ends the process where it cannot write a file
+    torch.export.save(program, buffer)
     with whole(Path(path)) as temporary:
-        part = temporary.with_name(temporary.name + ".pt2")  # torch insists on the suffix
-        try:
-            torch.export.save(program, part)
-            os.replace(part, temporary)
-        finally:
-            part.unlink(missing_ok=True)
+        temporary.write_bytes(buffer.getbuffer())
 
 
 def export_onnx(model: TimeSformer, path: str | os.PathLike, **options) -> None:

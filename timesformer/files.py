@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -13,7 +14,10 @@ from pathlib import Path
 
 @contextmanager
 def whole(target: Path, *, folder: bool = False) -> Iterator[Path]:
-    """Give a temporary sibling of `target` to write to; move it into place at the end, delete it after any failure."""
+    """Give a temporary sibling of `target` to write to; move it into place at the end, delete it after any failure.
+
+    Raises OSError that names `target` and the system's reason where it cannot be written, whatever a writer made of it.
+    """
     if not target.parent.is_dir():
         raise FileNotFoundError(f"cannot write {target}: there is no folder {target.parent}")
     if target.is_dir() != folder and target.exists():
@@ -33,11 +37,27 @@ def whole(target: Path, *, folder: bool = False) -> Iterator[Path]:
                 os.replace(path, target / path.name)
         else:
             os.replace(temporary, target)
+    except Exception as error:
+        reason = _reason(error)
+        if reason is None:
+            raise
+        raise OSError(f"cannot write {target}: {reason}") from error
     finally:
         if temporary.is_dir():
             shutil.rmtree(temporary)
         else:
             temporary.unlink(missing_ok=True)
+
+
+def _reason(error: BaseException) -> str | None:
+    """Why the system refused a write. Torch wraps the error of its stream, safetensors prints it into its own."""
+    while error is not None:
+        if isinstance(error, OSError) and error.strerror:
+            return error.strerror
+        if found := re.search(r"I/O error: (.*?) \(os error \d+\)", str(error)):
+            return found[1]
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def remove_leftovers(target: Path) -> None:

@@ -1,19 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hugging Face's TimeSformer on our kernels: the forward of its layers is replaced, and nothing else.
+"""Hugging Face's TimeSformer on our kernels: the forwards of its layers and of the models around them are replaced.
 
 A layer keeps its modules, parameters and names; the work is done by our own block around the very same modules. What a
 fused kernel cannot give runs on the layer's own forward, call by call: attention probabilities, dropout of
 probabilities or hidden states in training, an activation other than the exact GELU, and layers whose inner modules are
 watched by hooks or moved between devices while they run.
 
+The stack of layers runs as our own model does: the last sum of one and the first LayerNorm of the next are one pass,
+and for a classifier, which reads nothing but the class row, the last layer projects and passes through its MLP that row
+alone. What somebody watches, wraps, checkpoints or asks hidden states of is called as usual, layer by layer.
+
 Two ways, as in Liger-Kernel: without a model the class is patched, for models built before and after; with one, its
-layers alone become instances of a subclass. A subclass, since from transformers 5 on a layer's class wraps its own
+parts become instances of subclasses. Subclasses, since from transformers 5 on a layer's class wraps its own
 forward for gradient checkpointing, and a forward bound to the instance would silently step around that.
 """
 
 from __future__ import annotations
 
 import copy
+from inspect import signature
 from types import SimpleNamespace
 
 import torch
@@ -21,8 +26,9 @@ from torch import nn
 
 from timesformer_kernels.registry import get as get_backend
 
-from ..layers import DropPath
+from ..layers import DropPath, hooked_everywhere, watched
 from ..model import DividedBlock, JointBlock
+from ..stream import Stream
 
 _BLOCK = "_timesformer_block"  # of a layer: our block around its modules, outside of the module tree
 _OPTIONS = "_timesformer_options"
@@ -93,7 +99,7 @@ def _servable(layer, block) -> bool:
         return False
     if config.hidden_act != "gelu":
         return False
-    return not any(m._forward_hooks or m._forward_pre_hooks or "_hf_hook" in m.__dict__ for m in block.watched)
+    return not any(watched(m) or "_hf_hook" in m.__dict__ for m in block.watched)
 
 
 # --- what replaces the library's methods -----------------------------------------------------------------------------
@@ -105,9 +111,12 @@ def _layer_forward(self, hidden_states, output_attentions=False, frames=None):
     if block is None or not _servable(self, block):
         layer = self if frames is None else _with_frames(self, frames)
         return _known.layer_forward(layer, hidden_states, output_attentions)
-    # Joint and space-only layers attend to every token they are given: one frame of all of them.
-    divided = self.attention_type == "divided_space_time"
-    return (block(hidden_states, (frames or self.config.num_frames) if divided else 1),)
+    return (block(hidden_states, _frames_of(self, frames)),)
+
+
+def _frames_of(layer, told: int | None) -> int:
+    """Joint and space-only layers attend to every token they are given: one frame of all of them."""
+    return (told or layer.config.num_frames) if layer.attention_type == "divided_space_time" else 1
 
 
 def _with_frames(layer, frames: int):
@@ -125,29 +134,95 @@ def _layer_train(self, mode=True):
     return self
 
 
-def _model_forward(self, pixel_values, output_attentions=None, output_hidden_states=None, return_dict=None, **kwargs):
-    """TimesformerModel.forward that tells the layers how many frames the clip has."""
+def _model_forward(
+    self,
+    pixel_values,
+    output_attentions=None,
+    output_hidden_states=None,
+    return_dict=None,
+    class_row_only=False,
+    **kwargs,
+):
+    """TimesformerModel.forward through our stack of layers, or the library's where it has to be.
+
+    class_row_only: last_hidden_state may be the class row alone, [B, 1, D]; asked for by our classifier.
+    """
     frames, config = pixel_values.shape[1], self.config
-    divided = config.attention_type == "divided_space_time"
-    if not (_options(self).fix_num_frames and divided and frames != config.num_frames):
-        given = (output_attentions, output_hidden_states, return_dict)
-        return _known.model_forward(self, pixel_values, *given, **kwargs)
     default = (config.output_attentions, config.output_hidden_states, getattr(config, "return_dict", True))
     wanted = (output_attentions, output_hidden_states, return_dict)
     output_attentions, output_hidden_states, return_dict = (
         own if asked is None else asked for asked, own in zip(wanted, default, strict=True)
     )
-    x = self.embeddings(pixel_values)
-    states, attentions = [x], []
-    for layer in self.encoder.layer:
-        x, *probabilities = layer(x, output_attentions, frames)
-        states.append(x)
-        attentions += probabilities
+    divided = config.attention_type == "divided_space_time"
+    usual = not divided or frames == config.num_frames
+    told = frames if _options(self).fix_num_frames and not usual else None
+    merged = (usual or told) and not (output_attentions or output_hidden_states)
+    merged = merged and _ordinary(self.encoder, _known.encoder_forward)
+    if not (told or merged):
+        return _known.model_forward(self, pixel_values, *wanted, **kwargs)
+    x, states, attentions = self.embeddings(pixel_values), [], []
+    if merged:
+        x = _through_layers(self.encoder.layer, x, told, class_row_only)
+    else:
+        for layer in self.encoder.layer:
+            states.append(x)
+            x, *probabilities = layer(x, output_attentions, told)
+            attentions += probabilities
+    states.append(x)
     x = x if self.layernorm is None else self.layernorm(x)
     extra = (tuple(states) if output_hidden_states else None, tuple(attentions) if output_attentions else None)
     if not return_dict:
         return (x, *(value for value in extra if value is not None))
     return _known.output(last_hidden_state=x, hidden_states=extra[0], attentions=extra[1])
+
+
+def _ordinary(module, forward) -> bool:
+    """True where calling the module runs that forward, its class's, and nobody looks on."""
+    own = type(module).forward is forward and "forward" not in module.__dict__
+    return own and not watched(module) and not hooked_everywhere()
+
+
+def _through_layers(layers, x, told: int | None, class_row_only: bool):
+    """x [B, S, D] -> the sum after the last layer, or its class row alone [B, 1, D].
+
+    told: frames of the clip, where they are not the config's.
+    """
+    stream, last = Stream(x), len(layers) - 1
+    for i, layer in enumerate(layers):
+        checkpointed = layer.training and getattr(layer, "gradient_checkpointing", False)
+        ordinary = not checkpointed and _ordinary(layer, _known.patched_layer.forward)
+        block = _block_of(layer) if ordinary else None
+        if block is not None and _servable(layer, block):
+            block.run(stream, _frames_of(layer, told), class_row_only and i == last)
+        else:
+            stream = Stream(layer(stream.sum(), False, *([] if told is None else [told]))[0])
+    return stream.sum()
+
+
+class _ReadsClassRow:
+    """Stands for a classifier in the library's own forward: its model is asked for the class row alone."""
+
+    def __init__(self, classifier):
+        self.config, self.num_labels, self.classifier = classifier.config, classifier.num_labels, classifier.classifier
+        self.whole = classifier
+
+    def timesformer(self, *args, **options):
+        return self.whole.timesformer(*args, class_row_only=True, **options)
+
+    def __getattr__(self, name):
+        return getattr(self.whole, name)
+
+
+def _classifier_forward(
+    self, pixel_values=None, labels=None, output_attentions=None, output_hidden_states=None, return_dict=None, **kwargs
+):
+    """TimesformerForVideoClassification.forward, whose model may give the class row alone where nobody sees it."""
+    model = self.timesformer
+    unseen = _ordinary(model, _known.patched_model.forward)
+    unseen = unseen and (model.layernorm is None or _ordinary(model.layernorm, nn.LayerNorm.forward))
+    stands_in = _ReadsClassRow(self) if unseen else self
+    options = (output_attentions, output_hidden_states, return_dict)
+    return _known.classifier_forward(stands_in, pixel_values, labels, *options, **kwargs)
 
 
 # --- the library -----------------------------------------------------------------------------------------------------
@@ -163,10 +238,20 @@ class _Library:
         except ImportError as error:
             raise ImportError(f"transformers with TimeSformer is needed: pip install transformers ({error})") from error
         self.layer, self.model, self.output = library.TimesformerLayer, library.TimesformerModel, BaseModelOutput
+        self.classifier = library.TimesformerForVideoClassification
         self.layer_forward, self.model_forward = self.layer.forward, self.model.forward
+        self.encoder_forward, self.classifier_forward = library.TimesformerEncoder.forward, self.classifier.forward
+        # Trainer reads from the signature what it may pass.
+        _model_forward.__signature__ = signature(self.model_forward)
+        _classifier_forward.__signature__ = signature(self.classifier_forward)
         # Subclassing lets the library wrap our forward as it wraps its own.
         self.patched_layer = _subclass(self.layer, "PatchedLayer", forward=_layer_forward, train=_layer_train)
         self.patched_model = _subclass(self.model, "PatchedModel", forward=_model_forward)
+        self.patched_classifier = _subclass(self.classifier, "PatchedClassifier", forward=_classifier_forward)
+        originals = (self.layer, self.model, self.classifier)
+        self.patched = dict(
+            zip(originals, (self.patched_layer, self.patched_model, self.patched_classifier), strict=True)
+        )
 
 
 def _subclass(base, name: str, **methods):
@@ -185,8 +270,8 @@ def _library() -> _Library:
 
 def __getattr__(name):
     """The classes by which a pickled model finds what its parts are."""
-    if name in ("PatchedLayer", "PatchedModel"):
-        return _library().patched_layer if name == "PatchedLayer" else _library().patched_model
+    if name in ("PatchedLayer", "PatchedModel", "PatchedClassifier"):
+        return getattr(_library(), "patched_" + name.removeprefix("Patched").lower())
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -205,8 +290,8 @@ def accelerate_transformers(
 ) -> nn.Module | None:
     """Run Hugging Face's TimeSformer on our kernels: same parameters, outputs and gradients. Returns `model`.
 
-    model: a `Timesformer*` model, or any module around one (PEFT, Trainer, DDP are applied afterwards); its layers
-        alone are patched. None patches the classes: models built before and after.
+    model: a `Timesformer*` model, or any module around one (PEFT, Trainer, DDP are applied afterwards); it alone is
+        patched. None patches the classes: models built before and after.
     backend: "auto" or a name of `timesformer_kernels.available_backends()`, which then runs or raises.
     fix_num_frames: take the number of frames from the clip. The library takes it from the config and gives clips of
         another length a silently wrong result (transformers#38027); with True these become right, and change.
@@ -223,19 +308,20 @@ def accelerate_transformers(
         _everywhere.__dict__.update(options.__dict__)
         library.layer.forward, library.layer.train = library.patched_layer.forward, _layer_train
         library.model.forward = library.patched_model.forward
+        library.classifier.forward = library.patched_classifier.forward
         return None
-    layers, models = _parts(model)
-    if not layers:
+    parts = _parts(model)
+    if not any(isinstance(part, library.layer) for part in parts):
         raise ValueError(f"model: got {type(model).__name__}, expected one with Hugging Face's TimesformerLayer in it")
-    patched = {library.layer: library.patched_layer, library.model: library.patched_model}
-    for part in (*layers, *models):
-        if type(part) not in (*patched, *patched.values()):
+    for part in parts:
+        own = isinstance(part, library.classifier)  # a subclass of the user's keeps its forward, and works
+        if not own and type(part) not in (*library.patched, *library.patched.values()):
             raise RuntimeError(f"model: has a {type(part).__name__}; accelerate the model before it is sharded")
-    for part in (*layers, *models):
-        part.__class__ = patched.get(type(part), type(part))
+    for part in parts:
+        part.__class__ = library.patched.get(type(part), type(part))
         part.__dict__[_OPTIONS] = options
-    for layer in layers:  # ahead of the first call, which a compiler may trace
-        layer.__dict__[_BLOCK] = _build(layer, backend)
+        if isinstance(part, library.layer):  # ahead of the first call, which a compiler may trace
+            part.__dict__[_BLOCK] = _build(part, backend)
     return model
 
 
@@ -244,21 +330,19 @@ def restore(model: nn.Module | None = None) -> nn.Module | None:
     library = _library()
     if model is None:
         library.layer.forward, library.model.forward = library.layer_forward, library.model_forward
+        library.classifier.forward = library.classifier_forward
         if "train" in library.layer.__dict__:
             del library.layer.train
         _everywhere.__dict__.update(backend="auto", fix_num_frames=False)
         return None
-    original = {library.patched_layer: library.layer, library.patched_model: library.model}
-    layers, models = _parts(model)
-    for part in (*layers, *models):
+    original = {patched: own for own, patched in library.patched.items()}
+    for part in _parts(model):
         part.__class__ = original.get(type(part), type(part))
         for name in (_BLOCK, _OPTIONS):
             part.__dict__.pop(name, None)
     return model
 
 
-def _parts(model: nn.Module):
-    """The layers and the TimesformerModels within a module."""
-    library, modules = _library(), list(model.modules())
-    layers = [module for module in modules if isinstance(module, library.layer)]
-    return layers, [module for module in modules if isinstance(module, library.model)]
+def _parts(model: nn.Module) -> list[nn.Module]:
+    """The layers, models and classifiers of the library within a module."""
+    return [module for module in model.modules() if isinstance(module, tuple(_library().patched))]

@@ -30,13 +30,9 @@ def save(path: Path, state: Mapping[str, Any]) -> None:
         with whole(path) as part, open(part, "wb") as file:
             torch.save({"format": FORMAT, **state}, file)
             file.flush()
-    except (OSError, RuntimeError) as error:  # torch wraps what its stream raises
-        reason = error
-        while not isinstance(reason, OSError) and (reason.__cause__ or reason.__context__):
-            reason = reason.__cause__ or reason.__context__
-        why = getattr(reason, "strerror", None) or str(error).splitlines()[0]
-        kept = "; the one before it is kept" if path.exists() else ""
-        raise OSError(f"cannot write the checkpoint {path}: {why}{kept}") from error
+    except OSError as error:
+        kept = "; the checkpoint before it is kept" if path.exists() else ""
+        raise OSError(f"{error}{kept}") from error
 
 
 def load(path: Path) -> dict[str, Any]:

@@ -29,12 +29,16 @@ class Metrics:
         self.path = folder / NAME
         truncate(self.path, size)
         self.file = open(self.path, "a", encoding="utf-8")
-        self.board = _writer(folder, step)
+        self.board, self.failed = _writer(folder, step), False
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """One line {"step": step, ...}; numbers go to TensorBoard by their names, nested ones as "val/top1"."""
-        self.file.write(json.dumps({"step": step, **values}) + "\n")
-        self.file.flush()
+        try:
+            self.file.write(json.dumps({"step": step, **values}) + "\n")
+            self.file.flush()
+        except OSError as error:
+            self.failed = True
+            raise OSError(f"cannot write {self.path}: {error.strerror}") from error
         if self.board:
             for name, value in _numbers(values):
                 self.board.add_scalar(name, value, step)
@@ -45,9 +49,14 @@ class Metrics:
         return self.file.tell()
 
     def close(self) -> None:
-        self.file.close()
-        if self.board:
-            self.board.close()
+        """What `write` has failed to write fails once more here, and was said."""
+        for part in (self.file, self.board):
+            try:
+                if part:
+                    part.close()
+            except OSError:
+                if not self.failed:
+                    raise
 
 
 def _numbers(values: dict[str, Any], prefix: str = ""):

@@ -181,6 +181,8 @@ def _probe(path, decode_all: bool) -> VideoInfo:
         if frame is None:
             raise VideoError(f"video {path!r}: not one frame can be decoded ({codec}); it is damaged or truncated")
         rotation = round(frame.rotation / 90) % 4 * 90
+        if abs(frame.rotation - 90 * round(frame.rotation / 90)) > 1:  # whole degrees, cut off
+            logger.warning("video %r: to be turned by some %d degrees, is by %d", path, frame.rotation % 360, rotation)
         height, width = frame.height, frame.width
         table = None if decode_all else _packet_table(path)
         if table is not None and table[0]:

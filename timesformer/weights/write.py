@@ -67,13 +67,13 @@ def save_safetensors(state_dict: Mapping[str, Tensor], path: Path, metadata: dic
 
 
 def _save_torch(state_dict: Mapping[str, Tensor], path: Path, fmt: str, record: str) -> None:
-    tensors = _storable(state_dict)
+    content = tensors = _storable(state_dict)  # transformers and timm take the bare state dict
     if fmt == "timesformer":
-        torch.save({"model_state": {"model." + key: value for key, value in tensors.items()}, OWN_KEY: record}, path)
+        content = {"model_state": {"model." + key: value for key, value in tensors.items()}, OWN_KEY: record}
     elif fmt == "mmaction2":
-        torch.save({"state_dict": tensors, OWN_KEY: record}, path)
-    else:  # transformers and timm take the bare state dict
-        torch.save(tensors, path)
+        content = {"state_dict": tensors, OWN_KEY: record}
+    with open(path, "wb") as file:  # torch's own files do not say why they cannot be written
+        torch.save(content, file)
 
 
 def _write_folder(
