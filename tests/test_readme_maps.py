@@ -13,9 +13,11 @@ from clips import SIZE
 pytest.importorskip("av")
 pytest.importorskip("safetensors")
 
-from timesformer import TimeSformer
+from timesformer import TimeSformer, demo
 from timesformer.cli import main
-from timesformer.video import probe
+from timesformer.maps import rollout
+from timesformer.presets import find_preset
+from timesformer.video import clip_views, probe
 from timesformer.weights import save_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -72,6 +74,34 @@ def test_other_formats(tmp_path, monkeypatch):
     assert written == {"model.pyth", "model.safetensors", "huggingface-model", "model.onnx", "model.pt2"}
 
 
-def test_picture():
-    """The picture of the README is small."""
-    assert 10_000 < (ROOT / "docs" / "rollout.png").stat().st_size < 100_000
+def pixels(path):
+    import av
+
+    with av.open(str(path)) as container:
+        return next(container.decode(video=0)).to_ndarray(format="rgb24").astype(int)
+
+
+def test_the_picture_is_what_the_commands_make(tmp_path, monkeypatch):
+    """But for the last bits of sums, and of another build of the video codec."""
+    monkeypatch.chdir(tmp_path)
+    for line in commands("Features and attention maps")[:2]:
+        run(line)
+    shown, made = pixels(ROOT / "docs" / "rollout.png"), pixels("map.png")
+    assert shown.shape == made.shape and abs(shown - made).mean() < 1
+    assert (ROOT / "docs" / "rollout.png").stat().st_size < 100_000
+
+
+def test_the_moving_shape_lights_up(tmp_path):
+    """As the README says of fresh clips: the patches under the shape weigh many times those under nothing."""
+    model, ratios = TimeSformer.from_pretrained(demo.folder()), []
+    for number in range(1_000_000, 1_000_020):
+        if "moves" not in demo.write_clip(tmp_path / "clip.mp4", number):
+            continue
+        views = clip_views(tmp_path / "clip.mp4", find_preset(model.config.preset))  # [1, 3, 8, 32, 32]
+        with torch.no_grad():
+            share = rollout(model, views)[0]  # [8, 4, 4]
+        grey = views[0].mean(0)
+        moves = (grey - grey.median(0).values).abs() > 0.5  # the background is what most frames show
+        covered = torch.nn.functional.avg_pool2d(moves[:, None].float(), 8)[:, 0]  # of each patch
+        ratios.append((share[covered > 0.3].mean() / share[covered == 0].mean()).item())
+    assert len(ratios) >= 5 and min(ratios) > 5, ratios
