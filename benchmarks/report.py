@@ -161,6 +161,11 @@ def video(rows: dict[str, dict]) -> str:
     return table(["", "ms", "of the model's forward"], lines)
 
 
+def demo(rows: dict[str, dict]) -> str:
+    lines = [[row, f"{info['interleaved_median_ms'] / 1e3:.1f}"] for row, info in rows.items()]
+    return table(["", "seconds from start to end"], lines)
+
+
 def standard(rows: dict[str, dict]) -> str:
     """Every cost of a row. x: so many times as fast as that row is our first one. A column that nobody fills is left
     out."""
@@ -194,7 +199,7 @@ def largest(rows: dict[str, dict]) -> str:
 
 
 TABLES = {"attention": attention, "model": model, "overhead": overhead, "module": standard}
-TABLES |= {"step": step, "video": video, "largest": largest}
+TABLES |= {"step": step, "video": video, "demo": demo, "largest": largest}
 
 
 def table_of(rows: dict[str, dict]) -> str:
@@ -271,7 +276,7 @@ def summary(result: dict, row: str = "cpp") -> str:
             (mine,) = (line for line in cells[2:] if line[0] == row)
             of_steps = of_steps or (["", *cells[0][:6]], rows)
             steps.append([f"{facts['op']}, {facts['direction']}, {facts['dtype']}", *mine[1:7]])
-        elif facts["kind"] in ("model", "module", "video"):
+        elif facts["kind"] in ("model", "module", "video", "demo"):
             others.append(caption(rows, result) + "\n\n" + table_of(rows))
         elif facts["kind"] == "attention" and row in measured(rows):
             cells = [line.strip("| ").split(" | ") for line in attention(rows).splitlines()]

@@ -110,6 +110,11 @@ def test_what_comes_before_the_model_is_timed_beside_it(tiny):
     assert rows["spread"] > rows["convert"]  # it decodes some 200 frames more
 
 
+def test_the_demo_is_timed_from_its_start(tiny):
+    (info,) = infos(tiny[0], "demo")
+    assert info["row"] == "demo" and info["interleaved_median_ms"] > 500  # what importing torch takes alone
+
+
 def test_every_level_has_rows_of_ours_and_of_others(tiny):
     found = {}
     for kind in ("module", "model"):
@@ -245,8 +250,10 @@ def test_video_and_step_tables(tmp_path):
         bench("s", "triton", 2.0, **step),
         bench("s", "torch", 5.0, **step),
         bench("s", "copy", 1.5, kind="step", op="add layer norm", shape="8x224: 1 x 1569 rows of 768"),
+        bench("d", "demo", 21_040.0, kind="demo", op="demo", shape="two videos"),
     )
     _, rows = rendered(path)
+    assert rows["demo"] == ["21.0"]
     assert rows["spread"] == ["30.0", "25.0%"] and rows["model"] == ["120.0", "100.0%"]
     assert rows["triton"] == ["2.00", "2.50", "75%", "1.00", "2.50", "75%", "2.0e-06", "–"]
 
