@@ -25,6 +25,7 @@ from mutants_hopper import MUTANTS as HOPPER
 from mutants_model import MUTANTS as MODEL
 from mutants_steps import MUTANTS as STEPS
 from mutants_triton import MUTANTS as TRITON
+from mutants_users import MUTANTS as USERS
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("csrc", "kernels", "timesformer", "tests", "scripts")
@@ -124,7 +125,7 @@ def main():
     parser.add_argument("--list", action="store_true", help="print the mutants and check their patterns, run nothing")
     parser.add_argument("--isa", default="baseline", choices=FLAGS, help="instruction set to compile for")
     options = parser.parse_args()
-    chosen = (*MUTANTS, *CHOICE, *TRITON, *CUDA, *HOPPER, *MODEL, *STEPS)
+    chosen = (*MUTANTS, *CHOICE, *TRITON, *CUDA, *HOPPER, *MODEL, *STEPS, *USERS)
     mutants = [m for m in chosen if options.only in m.name or options.only in m.file]
     stale = check_patterns(mutants)
     if options.isa != "amx" and not options.list:

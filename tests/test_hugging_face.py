@@ -94,6 +94,7 @@ def test_the_class_for_models_built_before_and_after(when, calls, everywhere):
     restore()
     assert_same(run(model, clip()), expected, 0.0)
     assert calls["forward"] == 6
+    assert transformers.TimesformerForVideoClassification.forward is _library().classifier_forward
 
 
 def test_attention_probabilities_come_from_the_library(calls):

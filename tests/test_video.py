@@ -219,6 +219,29 @@ def test_a_broken_end_still_gives_the_frames_in_the_decoder(clip):
     assert numbers(images) == list(range(48))
 
 
+@pytest.mark.parametrize("lacks", ["packets", "a time", "nothing"])
+def test_a_table_that_does_not_say_all_is_none(clip, lacks):
+    """Packets that end early without an error, or come without a time: only decoding tells the frames then."""
+    import timesformer.video.decode as decode
+
+    class Lacking(Container):
+        def demux(self, stream):
+            for count, packet in enumerate(self.container.demux(stream)):
+                if lacks == "packets" and count == 48:
+                    return
+                if lacks == "a time" and count == 48:
+                    packet.pts = None
+                yield packet
+
+    with decode._open(str(clip)) as (container, stream):
+        first, table = decode._scan(Lacking(container), stream)
+    assert number(first.to_ndarray(format="rgb24")) == 0
+    if lacks == "nothing":
+        assert table == (list(probe(clip).timestamps), [probe(clip).timestamps[i] for i in probe(clip).keyframes])
+    else:
+        assert table is None
+
+
 def rotate(path, degrees):
     """Write a display matrix into an mp4: `degrees` clockwise, as phones do."""
     data = bytearray(path.read_bytes())

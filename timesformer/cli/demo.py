@@ -132,7 +132,9 @@ def _compare(args, path: Path, preset, backend: str, step) -> dict:
     views = clip_views(path, preset, info=info)
     step("building the untrained model")
     size = TINY if args.tiny else {}
-    model = TimeSformer(preset.img_size, num_frames=preset.num_frames, **size).eval()
+    with torch.device("meta"):  # no initialisation that would be overwritten
+        model = TimeSformer(preset.img_size, num_frames=preset.num_frames, **size).eval()
+    model.to_empty(device="cpu")
     _randomise(model, args.seed)
     dtype = getattr(torch, args.dtype)
     model, views = model.to(dtype), views.to(dtype)

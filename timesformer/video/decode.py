@@ -120,30 +120,40 @@ def _decode(container, stream) -> Iterator:
             return
 
 
-def _packet_table(path: str) -> tuple[list[int], list[int]] | None:
-    """(pts of every frame, pts of the keyframes) from the packets alone, or None where only decoding can tell."""
+def _scan(container, stream):
+    """(first frame that decodes or None, table or None) in one pass over the packets, without decoding the others.
+
+    The table is (pts of every frame, pts of the keyframes), ascending; None where only decoding can tell.
+    """
     FFmpegError = _av().error.FFmpegError
+    stream.thread_type = "SLICE"  # threads that decode frames would want several before they give the first
+    first, expected = None, stream.frames
+    known = bool(expected)
     shown, keys, total = [], [], 0
-    with _open(path) as (container, stream):
-        expected = stream.frames
-        if not expected:
-            return None
+    packets = container.demux(stream)
+    packet = stream  # anything but the end
+    while packet is not None and (first is None or known):
         try:
-            for packet in container.demux(stream):
-                if packet.size == 0:  # the demuxer's end mark
-                    continue
-                total += 1
-                if packet.pts is None or packet.is_corrupt:
-                    return None
-                if not packet.is_discard:  # outside the edit list: decoded, never shown
-                    shown.append(packet.pts)
-                    if packet.is_keyframe:
-                        keys.append(packet.pts)
+            packet = next(packets, None)
         except FFmpegError:
-            return None
-    if total != expected or len(set(shown)) != len(shown):
-        return None
-    return sorted(shown), sorted(keys)
+            packet, known = None, False
+        if first is None:
+            try:
+                frames = stream.codec_context.decode(None) if packet is None else packet.decode()
+            except FFmpegError:
+                frames = []
+            first = frames[0] if frames else None
+        if packet is None or packet.size == 0:  # the end, or the demuxer's mark of it
+            continue
+        total += 1
+        known = known and packet.pts is not None and not packet.is_corrupt
+        if known and not packet.is_discard:  # outside the edit list: decoded, never shown
+            shown.append(packet.pts)
+            if packet.is_keyframe:
+                keys.append(packet.pts)
+    if not known or total != expected or len(set(shown)) != len(shown):
+        return first, None
+    return first, (sorted(shown), sorted(keys))
 
 
 def _decode_table(path: str) -> tuple[int, list[int] | None, list[int]]:
@@ -177,15 +187,14 @@ def _probe(path, decode_all: bool) -> VideoInfo:
     path = _check_path(path)
     with _open(path) as (container, stream):
         codec, packets = stream.codec_context.name, stream.frames
-        frame = next(_decode(container, stream), None)
+        frame, table = _scan(container, stream)
         if frame is None:
             raise VideoError(f"video {path!r}: not one frame can be decoded ({codec}); it is damaged or truncated")
         rotation = round(frame.rotation / 90) % 4 * 90
         if abs(frame.rotation - 90 * round(frame.rotation / 90)) > 1:  # whole degrees, cut off
             logger.warning("video %r: to be turned by some %d degrees, is by %d", path, frame.rotation % 360, rotation)
         height, width = frame.height, frame.width
-        table = None if decode_all else _packet_table(path)
-        if table is not None and table[0]:
+        if table is not None and table[0] and not decode_all:
             times, keys = table
             frames = len(times)
         else:

@@ -35,7 +35,7 @@ def normalise(frames: torch.Tensor, mean: Sequence[float], std: Sequence[float])
     if frames.dtype != torch.uint8:
         raise ValueError(f"frames: got dtype {frames.dtype}, expected torch.uint8")
     mean, std = (torch.tensor(values, dtype=torch.float32).view(-1, 1, 1) for values in (mean, std))
-    return (frames.to(torch.float32) / 255 - mean) / std
+    return frames.to(torch.float32).div_(255).sub_(mean).div_(std)  # in place: one copy is enough
 
 
 def short_side(height: int, width: int, size: int) -> tuple[int, int]:
