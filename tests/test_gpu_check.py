@@ -118,7 +118,9 @@ def alive(pid):
 
 def test_a_stopped_stage_may_write_what_it_found(run, gpu, monkeypatch):
     monkeypatch.setattr(gpu.check, "GRACE", 10.0)  # what a busy machine needs, not what is waited for
-    slow = f"import time\ntry:\n    time.sleep(90)\nexcept KeyboardInterrupt:\n    {PASS}"
+    # In the background of a shell the signal is ignored, and children inherit that.
+    heed = "import signal, time\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    slow = f"{heed}try:\n    time.sleep(90)\nexcept KeyboardInterrupt:\n    {PASS}"
     (result,) = run({"slow": slow}, seconds=24.0, limit=24).values()
     assert result["status"] == "timed out" and result["finding"].endswith("fine")
 
