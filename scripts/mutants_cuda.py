@@ -10,13 +10,14 @@ TILES = (ROW_TESTS, "-k", "16_queries or 32_queries or wide_heads or that_stream
 KEPT = (ROW_TESTS, "-k", "many_groups or is_kept or are_kept or without_statistics or hard_inputs")
 FINITE = (ROW_TESTS, "-k", "not_finite or weight_zero")
 SHORT = (FILE, "-k", "short or not_finite or class_row_weights")
-SHORT_MADE, TILES = ("tests/test_cuda_short.py",), ("tests/test_cuda_generic.py",)
+SHORT_MADE, BLOCKS = ("tests/test_cuda_short.py",), ("tests/test_cuda_generic.py",)
 GUARDED = (FILE, "-k", "guard_arena")
 PLAIN = (FILE, "-k", "generic_lengths or class_row_weights")
-SHORT_CUH, ROWS, RESIDENT, RESIDENT_BACKWARD, STREAMING, STREAMING_BACKWARD, GENERIC, CLASS_ROW, LAUNCH = (
+SHORT_CUH, SHORT_TILE, ROWS, RESIDENT, RESIDENT_BACKWARD, STREAMING, STREAMING_BACKWARD, GENERIC, CLASS_ROW, LAUNCH = (
     f"csrc/cuda/{name}"
     for name in (
         "short.cuh",
+        "short_tile.cuh",
         "rows.cuh",
         "resident.cuh",
         "resident_backward.cuh",
@@ -288,7 +289,7 @@ MUTANTS = [
     # Short sequences, the plain kernel, the class row
     Mutant(
         "CUDA: off-diagonal blocks of a transpose not swapped",
-        SHORT_CUH,
+        SHORT_TILE,
         "transposed(w[2]), to[2]",
         "transposed(w[1]), to[2]",
         SHORT,
@@ -331,28 +332,28 @@ MUTANTS = [
     # Kernels made for an M, halves of a tile apart; rows in tiles of the plain kernels
     Mutant(
         "CUDA: sequences of a half not told apart",
-        SHORT_CUH,
+        SHORT_TILE,
         "n == i / 2 && g / MEMBERS == (2 * t + (i & 1)) / MEMBERS",
         "n == i / 2",
         SHORT_MADE,
     ),
     Mutant(
         "CUDA: the second half of a product lost",
-        SHORT_CUH,
+        SHORT_TILE,
         "sums[r][2] = other[2], sums[r][3] = other[3];",
         "",
         SHORT_MADE,
     ),
     Mutant(
         "CUDA: the second half has no turn",
-        SHORT_CUH,
+        SHORT_TILE,
         "row.sequence % (kHalf ? kHalf : 1)",
         "row.sequence + 0 * (kHalf ? kHalf : 1)",
         SHORT_MADE,
     ),
     Mutant(
         "CUDA: rows of the second half from the first group",
-        SHORT_CUH,
+        SHORT_TILE,
         "group_row(p, b.group) + step",
         "start + step",
         SHORT_MADE,
@@ -369,14 +370,14 @@ MUTANTS = [
         GENERIC,
         "D, wide, lane);\n    __syncwarp();",
         "D, wide, lane);",
-        TILES,
+        BLOCKS,
     ),
     Mutant(
         "CUDA: every tile from the first columns",
         GENERIC,
         "load16(row_of(head, x, from) + first + column)",
         "load16(row_of(head, x, from) + column)",
-        TILES,
+        BLOCKS,
     ),
     Mutant(
         "CUDA: columns past the end of a row",
@@ -385,8 +386,8 @@ MUTANTS = [
         "member < count",
         GUARDED,
     ),
-    Mutant("CUDA: distance of tokens not looked at", GENERIC, "p.tokens == 1 || x.token % n == 0", "true", TILES),
-    Mutant("CUDA: alignment of dout not looked at", GENERIC, "!p.dq.data || reads_wide(p, p.dout)", "true", TILES),
+    Mutant("CUDA: distance of tokens not looked at", GENERIC, "p.tokens == 1 || x.token % n == 0", "true", BLOCKS),
+    Mutant("CUDA: alignment of dout not looked at", GENERIC, "!p.dq.data || reads_wide(p, p.dout)", "true", BLOCKS),
     Mutant(
         "CUDA: a score fused with what follows it, plain",
         GENERIC,

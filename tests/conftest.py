@@ -9,7 +9,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # must precede the first import of triton
 
 import pytest
-from arena import poisoned
+from arena import poisoned, unpoisoned
 from cuda_sim import library, simt  # noqa: F401
 from oracle import device_of
 
@@ -95,3 +95,12 @@ def poison(monkeypatch):
     """torch.empty and its relatives return NaN."""
     with poisoned(monkeypatch):
         yield
+
+
+@pytest.fixture
+def traceable(poison, monkeypatch):
+    """What the compiler can trace: fresh memory is torch's own, and nothing compiled is left from another test."""
+    torch.compiler.reset()
+    with unpoisoned(monkeypatch):
+        yield
+    torch.compiler.reset()

@@ -4,25 +4,18 @@
 import blocks
 import pytest
 import torch
-from arena import unpoisoned
 from blocks import TINY, clip
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from timesformer import TimeSformer
 from timesformer_kernels import time_attention
 
+pytestmark = pytest.mark.usefixtures("traceable")
+
 
 @pytest.fixture
 def generator():
     return torch.Generator().manual_seed(0)
-
-
-@pytest.fixture(autouse=True)
-def traceable(poison, monkeypatch):
-    torch.compiler.reset()
-    with unpoisoned(monkeypatch):
-        yield
-    torch.compiler.reset()
 
 
 def make(generator, dtype=torch.float64, **options):

@@ -7,7 +7,6 @@ import dataclasses
 import blocks
 import pytest
 import torch
-from arena import unpoisoned
 from blocks import TINY, clip
 from oracle import device_of
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -22,17 +21,12 @@ from timesformer_kernels.native import library
 DEPTH, SHAPE = TINY["depth"], (2, 3, 4, 32, 32)
 
 
+pytestmark = pytest.mark.usefixtures("traceable")
+
+
 @pytest.fixture
 def generator():
     return torch.Generator().manual_seed(0)
-
-
-@pytest.fixture(autouse=True)
-def traceable(poison, monkeypatch):
-    torch.compiler.reset()
-    with unpoisoned(monkeypatch):
-        yield
-    torch.compiler.reset()
 
 
 def make(generator, dtype, name="auto", **options):

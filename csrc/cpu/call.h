@@ -55,6 +55,19 @@ TSK_INLINE void store_some(T* p, Vec<Compute<T>> v, int64_t n) {
   for (int64_t i = 0; i < n; ++i) from_compute(p[i], Compute<T>(v[i]));
 }
 
+// Rows i to i + n of a sequence: their outputs will be written now, what the next head reads there comes after.
+template <class T>
+TSK_INLINE void fetch_ahead(const TskAttention& a, const Rows<T>& q, const Rows<T>& k, const Rows<T>& v,
+                            const Rows<T>& out, int64_t i, int64_t n, int64_t keys) {
+  for (const int64_t end = i + n; i < end; ++i) {
+    const int64_t key = i < keys ? i : keys - 1;
+    claim_row<T>(out(i), a.head_dim);
+    expect_row<T>(q(i) + a.q.head, a.head_dim);
+    expect_row<T>(k(key) + a.k.head, a.head_dim);
+    expect_row<T>(v(key) + a.v.head, a.head_dim);
+  }
+}
+
 // dst [Dp] = x * factor, zero from D on.
 template <class T>
 void pack_row(Compute<T>* dst, const T* x, int64_t D, Compute<T> factor) {

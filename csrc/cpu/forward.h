@@ -29,12 +29,7 @@ void forward_groups(const Job& job, int64_t worker) {
 
     for (int64_t i0 = 0; i0 < c.queries; i0 += c.block) {
       const int64_t n = at_most(c.block, c.queries - i0);
-      for (int64_t i = 0; i < n; ++i) {
-        claim_row<T>(out_rows(i0 + i), c.D);
-        expect_row<T>(q_rows(i0 + i) + a.q.head, c.D);  // of the next head
-        expect_row<T>(k_rows(at_most(i0 + i, c.keys - 1)) + a.k.head, c.D);
-        expect_row<T>(v_rows(at_most(i0 + i, c.keys - 1)) + a.v.head, c.D);
-      }
+      fetch_ahead(a, q_rows, k_rows, v_rows, out_rows, i0, n, c.keys);
       C scale_o[kQueryRows], top;
       for (int64_t i = 0; i < n; ++i) pack_row<T>(q + i * c.Dp, q_rows(i0 + i), c.D, c.scale);
       gemm<C>(n, c.Kp, c.D, q, c.Dp, 1, kt, c.Kp, s, c.Kp, false);

@@ -72,12 +72,7 @@ inline void tile_forward(const Job& job, int64_t worker) {
 
     for (int64_t i0 = 0; i0 < c.queries; i0 += t.block) {
       const int64_t n = at_most(t.block, c.queries - i0), whole = round_up(n, kTile);
-      for (int64_t i = 0; i < n; ++i) {
-        claim_row<T>(out_rows(i0 + i), c.D);
-        expect_row<T>(q_rows(i0 + i) + a.q.head, c.D);  // of the next head
-        expect_row<T>(k_rows(at_most(i0 + i, c.keys - 1)) + a.k.head, c.D);
-        expect_row<T>(v_rows(at_most(i0 + i, c.keys - 1)) + a.v.head, c.D);
-      }
+      fetch_ahead(a, q_rows, k_rows, v_rows, out_rows, i0, n, c.keys);
       float scale_o[TileSizes::kRows];
       pack_as_stored(q, t.depth_dim, q_rows, i0, n, whole, c.D);
       tile_gemm(whole, t.keys, t.depth_dim, q, t.depth_dim, kt, t.keys, s, t.keys, false);

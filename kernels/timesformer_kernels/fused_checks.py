@@ -12,8 +12,6 @@ from torch.nn import Parameter
 from .grid import DTYPES
 
 _LEAST_EPS = torch.finfo(torch.float32).tiny
-
-
 _PLAIN = (Tensor, Parameter)
 
 
