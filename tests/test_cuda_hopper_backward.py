@@ -10,6 +10,7 @@ from cuda_sim import bits16, run, view_of
 from oracle import Case, attention, check, make_dout, make_qkv, with_gradients, with_weights
 
 from timesformer_kernels import native_cuda
+from timesformer_kernels.backends import cuda
 
 LAUNCH_FAILURE = 719  # cudaError_t
 MODES = pytest.mark.parametrize("cls", ["none", "exclude", "key", "per_group", "global"])
@@ -24,9 +25,11 @@ def simt(simt):
 
 
 def regime(case, q, k, v, dout=None, **more):
-    """Of the backward."""
+    """Of the backward, after a forward that has kept what it should."""
     grads = (make_dout(q) if dout is None else dout, *(torch.empty_like(q) for _ in range(3)))
-    return native_cuda.regime(q, k, v, torch.empty_like(q), view_of(case), grads=grads, **more)
+    size = cuda.stats_size(q.shape, q.dtype, view_of(case))
+    stats = torch.empty(size) if size else None
+    return native_cuda.regime(q, k, v, torch.empty_like(q), view_of(case), stats, grads, **more)
 
 
 def right(simt, case, q, k, v, dout=None):
@@ -43,9 +46,10 @@ def right(simt, case, q, k, v, dout=None):
 
 @bits16
 @MODES
-@pytest.mark.parametrize("frames", [257, 271, 272, 289, 305, 319, 320, 321, 353, 384, 449, 600])
+@pytest.mark.parametrize("frames", [65, 96, 127, 128, 144, 196, 255, 256, 257, 271, 289, 305, 319, 320, 321, 384, 449, 600])
 def test_lengths(simt, frames, cls, dtype):
-    """What passes by in every part of 64; stages once and twice around; class rows alone in a block."""
+    """What passes by in every part of 64, in fewer stages than there are places and twice around; class rows alone in
+    a block; on both sides of what a block of other kernels would hold whole."""
     case = Case("time", (1, 2, frames), cls)
     right(simt, case, *make_qkv(1, case.tokens, 1, 64, dtype, seed=frames))
 
@@ -83,6 +87,7 @@ def test_class_row_weights(simt, dtype):
 HARD = [
     Case("time", (1, 2, 273), "none"),
     Case("space", (17, 17, 2), "per_group"),
+    Case("space", (14, 14, 2), "per_group"),
     Case("space", (17, 18, 2), "global", "time_major"),
     Case("joint", (5, 11, 5), "key"),
 ]
@@ -97,9 +102,10 @@ def test_hard_inputs(simt, case, kind, dtype):
 
 @bits16
 @pytest.mark.parametrize("scale", [1e-3, 2, 0.0, -0.25])
-def test_scales(simt, scale, dtype):
+@pytest.mark.parametrize("grid", [(17, 16, 2), (17, 17, 2), (9, 9, 2)])
+def test_scales(simt, grid, scale, dtype):
     """All: where the forward leaves a call to other kernels, this takes what they have kept."""
-    case = Case("space", (17, 16, 2), "per_group", scale=scale)
+    case = Case("space", grid, "per_group", scale=scale)
     right(simt, case, *make_qkv(1, case.tokens, 2, 64, dtype))
 
 
@@ -222,27 +228,39 @@ def test_other_calls_are_left_to_other_kernels(simt):
     assert name(long) == name(long, dtype=torch.float16) == "hopper"
     assert name(long, 32) == name(long, 128) == "streaming"
     assert name(long, dtype=torch.float32) == name(long, 40) == "generic"
-    assert name(Case("space", (16, 16, 2), "none")) == "resident"
+    assert name(Case("space", (16, 16, 2), "none")) == name(Case("space", (8, 8, 2), "key")) == "hopper"
+    assert name(Case("space", (8, 8, 2), "none")) == "resident"
     assert name(Case("time", (1, 2, 60), "global")) == "streaming"  # a block's rows are more than there are
     assert name(Case("local", (20, 20, 5), "key")) == "streaming"  # sequences of several axes
 
 
-def test_other_gpus_drivers_and_builds_have_the_other_kernels(simt):
+@pytest.mark.parametrize("side, other", [(17, "streaming"), (14, "resident")])
+def test_other_gpus_drivers_and_builds_have_the_other_kernels(simt, side, other):
     """With the same workspace and statistics."""
-    case = Case("space", (17, 16, 2), "per_group")
+    case = Case("space", (side, 16, 2), "per_group")
     q, k, v = make_qkv(1, case.tokens, 1, 64, torch.bfloat16)
 
     def served(expected):
         assert regime(case, q, k, v) == expected
         check(run(case), q, k, v, case)
 
-    for capability, expected in ((80, "streaming"), (90, "hopper"), (100, "streaming"), (120, "streaming")):
+    for capability, expected in ((80, other), (90, "hopper"), (100, other), (120, other)):
         simt.c.simt_capability(capability)
         served(expected)
     simt.c.simt_capability(90), simt.c.simt_old_driver(1)
-    served("streaming")
+    served(other)
     simt.c.simt_old_driver(0), simt.c.simt_kernel_threads(32)  # compiled for 90, not for 90a
-    served("streaming")
+    served(other)
+
+
+def test_without_what_a_forward_keeps_a_block_holds_the_sequence(simt):
+    """Statistics, and rows of the output that are aligned."""
+    case = Case("space", (14, 14, 2), "per_group")
+    q, k, v = make_qkv(1, case.tokens, 1, 64, torch.bfloat16)
+    grads, stats = [make_dout(q), *(torch.empty_like(q) for _ in range(3))], torch.empty(10_000)
+    far = torch.cat([q.new_zeros(1), q.flatten()])[1:].view(q.shape)
+    names = [native_cuda.regime(q, k, v, o, view_of(case), s, grads) for o, s in ((q, None), (far, stats), (q, stats))]
+    assert names == ["resident", "resident", "hopper"]
 
 
 def test_a_failed_launch_raises_with_its_name(simt):

@@ -90,16 +90,16 @@ DEVICE void meet_keys(const Stages<T, D>& at, int stage, const HopperQueries<D>&
   start_inner(s, of.q, at.keys(stage, 0), 0);
   start_inner(dp, of.dout, at.values(stage, 0), 0);
   wgmma_wait<1>();
-  if (exist < 16 * STEPS)
-#pragma unroll
-    for (int i = 0; i < 8; ++i)
-      if (16 * (STEPS - 1) + 8 * (i >> 2) + 2 * int(threadIdx.x & 3) + (i & 1) >= exist)
-        s[STEPS - 1][i >> 2][i & 3] = -INFINITY;
 #pragma unroll
   for (int i = 0; i < 8 * STEPS; ++i) {
     float& x = s[i >> 3][i >> 2 & 1][i & 3];
     x = ex2(fmaf(x, of.scale, -of.top[i >> 1 & 1]));
   }
+  if (exist < 16 * STEPS)  // not before: what is the least score depends on the sign of the scale
+#pragma unroll
+    for (int i = 0; i < 8; ++i)
+      if (16 * (STEPS - 1) + 8 * (i >> 2) + 2 * int(threadIdx.x & 3) + (i & 1) >= exist)
+        s[STEPS - 1][i >> 2][i & 3] = 0;
   wgmma_wait<0>();
 #pragma unroll
   for (int i = 0; i < 8 * STEPS; ++i)

@@ -92,11 +92,22 @@ Regime regime_of(const Problem& p) {
   return short_serves(p) ? kShort : resident_serves(p) ? kResident : streaming_serves(p) ? kStreaming : kGeneric;
 }
 
-// On the current device, of that number. A backward of Hopper's is one of streaming's elsewhere, with its workspace.
+// Whether the forward leaves the backward what the kernels of streaming_backward.cuh read, on any device. Where a block
+// can hold the sequence whole it needs none of that; Hopper's kernels do.
+bool keeps(const Problem& p) {
+  if (streaming_shape(p)) return true;
+  return p.dtype != TSK_F32 && p.head_dim == 64 && p.members > kHopperQueries && holds_sequence(p);
+}
+
+// Whether a backward has what was kept.
+bool has_kept(const Problem& p) { return keeps(p) && p.saved && p.out.data && rows_aligned(p, p.out); }
+
+// On the current device, of that number. A backward of Hopper's is one of streaming's elsewhere, with its workspace, or
+// one of resident's.
 Regime regime_on(int32_t device, const Problem& p, HopperPlan* plan) {
   const Regime regime = regime_of(p);
   const bool backward = p.dq.data;
-  if (backward && regime != kStreaming) return regime;
+  if (backward && regime != kStreaming && !(regime == kResident && has_kept(p))) return regime;
   return (backward ? plan_hopper_backward(p, device, plan) : plan_hopper(p, device, &plan->queries)) ? kHopper : regime;
 }
 
@@ -115,16 +126,17 @@ int64_t place_workspace(Problem* p, bool backward, char* at) {
   };
   if (nothing(*p) || no_sequence(*p)) return 0;
   const int64_t shares = int64_t(p->batch) * p->groups * p->heads, rows = shares * p->members;
-  const bool keeps = p->role == kPerGroup && streaming_shape(*p);  // the forward's parts, for the backward
+  const bool outputs = p->role == kPerGroup && keeps(*p);  // the forward's parts, for the backward
   if (backward) {
     const Regime regime = regime_of(*p);
     const bool generic = regime == kGeneric;
-    if (p->saved && keeps) p->kept = p->stats + 2 * rows;
+    if (p->saved && outputs) p->kept = p->stats + 2 * rows;
     part(p->role != kNoMember, &p->parts, shares * 3 * p->head_dim);
-    part(generic || regime == kStreaming, &p->delta, generic ? rows : 4 * rows);
+    const bool numbers = regime == kStreaming || (regime == kResident && has_kept(*p));
+    part(generic || numbers, &p->delta, generic ? rows : 4 * rows);
     part(generic && !p->saved, &p->stats, rows * 2);
   } else {
-    if (p->stats && keeps)
+    if (p->stats && outputs)
       p->parts = p->stats + 2 * rows;
     else
       part(p->role >= kPerGroup, &p->parts, shares * p->head_dim);

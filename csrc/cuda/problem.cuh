@@ -77,7 +77,7 @@ struct Problem {
   // [B, G, H, 3, D], see part_index(). sums: [B, G, H, 2] of that row in each group, in the forward of kGlobal, whose
   // parts are not divided by the sum.
   float* stats;       // [B, H, G, M, 2] largest score and sum of exponentials of each row, see row_index()
-  const float* kept;  // backward of streaming, kPerGroup: the parts of the forward, which then lie behind the stats
+  const float* kept;  // backward, kPerGroup: the parts of the forward, which lie behind the stats, see keeps()
   float *parts, *sums;
   float* delta;  // backward, of each row: generic [B, H, G, M] sum(p * dp); streaming [B, H, G, M, 4], see there
   bool saved;    // backward: stats holds what the forward left

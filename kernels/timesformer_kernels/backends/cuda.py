@@ -14,6 +14,7 @@ MAX_HEAD_DIM = 256
 # Of 16 bits: the kernels on tensor cores, and up to how many members of a sequence a block holds it whole.
 TENSOR_CORE_HEAD_DIMS = (32, 64, 128)
 RESIDENT_MEMBERS = {32: 256, 64: 256, 128: 128}
+HOPPER_ROWS = 64  # of a product of four warps: longer sequences have a backward of their own on compute capability 9.0
 
 
 def forward(q, k, v, view, scale, cls_weights, stats=None):
@@ -39,8 +40,9 @@ def stats_size(shape, dtype: torch.dtype, view):
     """Numbers that the forward keeps: [B, H, G, M, 2], largest score and sum of exponentials of each member's row; for
     mode "per_group" and sequences that stream also [B, G, H, D], each group's own class output.
 
-    None where tensor cores hold a sequence whole, whose backward makes them again. Where they turn out not to (rows
-    that are not aligned) the generic backward makes them, too.
+    None where tensor cores hold a sequence whole, whose backward makes them again, but where compute capability 9.0 has
+    a faster one: the same on every device, as the result of an operator's shapes has to be. Where they turn out not to
+    (rows that are not aligned) the generic backward makes them, too.
     """
     B, S, H, D = shape
     if dtype not in DTYPES or D > MAX_HEAD_DIM:
@@ -51,7 +53,7 @@ def stats_size(shape, dtype: torch.dtype, view):
         if not G * view.length:
             G = M = 1
     elif tensor_cores:
-        if M <= RESIDENT_MEMBERS[D]:
+        if M <= RESIDENT_MEMBERS[D] and not (D == 64 and M > HOPPER_ROWS):
             return 0
         if view.cls == "per_group":
             outputs = B * G * H * D
