@@ -43,7 +43,7 @@ struct TskAttention {
   float* stats;         // CUDA: [B, H, G, M, 2] contiguous, each row's largest score and the sum of exp(score - it),
                         // M members of a sequence; forward: written, backward: read; null: not kept. Behind them
                         // [B, G, H, D], each group's own class output, for TSK_CLS_PER_GROUP where sequences stream
-                        // (tsk_cuda_regime), or have more than 64 members of head_dim 64. CPU: unused
+                        // (tsk_cuda_regime), or have more than 128 members of head_dim 64. CPU: unused
   int64_t max_threads;  // CPU: upper bound of parallel workers
   int32_t dtype;        // TskDtype of all tensors
   int32_t cls;          // TskCls

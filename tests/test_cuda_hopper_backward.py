@@ -46,7 +46,7 @@ def right(simt, case, q, k, v, dout=None):
 
 @bits16
 @MODES
-@pytest.mark.parametrize("frames", [65, 96, 127, 128, 144, 196, 255, 256, 257, 271, 289, 305, 319, 320, 321, 384, 449, 600])
+@pytest.mark.parametrize("frames", [129, 144, 177, 193, 196, 255, 256, 257, 271, 289, 305, 319, 320, 321, 384, 449, 600])
 def test_lengths(simt, frames, cls, dtype):
     """What passes by in every part of 64, in fewer stages than there are places and twice around; class rows alone in
     a block; on both sides of what a block of other kernels would hold whole."""
@@ -102,7 +102,7 @@ def test_hard_inputs(simt, case, kind, dtype):
 
 @bits16
 @pytest.mark.parametrize("scale", [1e-3, 2, 0.0, -0.25])
-@pytest.mark.parametrize("grid", [(17, 16, 2), (17, 17, 2), (9, 9, 2)])
+@pytest.mark.parametrize("grid", [(17, 16, 2), (17, 17, 2), (14, 14, 2)])
 def test_scales(simt, grid, scale, dtype):
     """All: where the forward leaves a call to other kernels, this takes what they have kept."""
     case = Case("space", grid, "per_group", scale=scale)
@@ -228,8 +228,8 @@ def test_other_calls_are_left_to_other_kernels(simt):
     assert name(long) == name(long, dtype=torch.float16) == "hopper"
     assert name(long, 32) == name(long, 128) == "streaming"
     assert name(long, dtype=torch.float32) == name(long, 40) == "generic"
-    assert name(Case("space", (16, 16, 2), "none")) == name(Case("space", (8, 8, 2), "key")) == "hopper"
-    assert name(Case("space", (8, 8, 2), "none")) == "resident"
+    assert name(Case("space", (16, 16, 2), "none")) == name(Case("space", (16, 8, 2), "key")) == "hopper"
+    assert name(Case("space", (16, 8, 2), "none")) == "resident"
     assert name(Case("time", (1, 2, 60), "global")) == "streaming"  # a block's rows are more than there are
     assert name(Case("local", (20, 20, 5), "key")) == "streaming"  # sequences of several axes
 

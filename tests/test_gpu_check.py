@@ -495,6 +495,18 @@ def test_a_clean_report_and_one_that_cannot_be_read(gpu):
         assert not gpu.sanitizers.read("tool", text, {"k"})["ok"]
 
 
+def test_parts_of_a_tools_calls_count_together(gpu):
+    """One that is bad, or did not run to its end, makes all of them so."""
+    clean = CLEAN.replace("5 calls", "5 calls ran to their end").format("ERROR", "errors")
+    names = {"k"}
+    said = gpu.sanitizers.together("memcheck", [clean, clean], names)
+    assert said["ok"] and said["calls"] == 10
+    said = gpu.sanitizers.together("memcheck", [clean, MEMCHECK.format(kernel="k")], names)
+    assert not said["ok"] and said["ours"][0]["kernel"] == "k" and said["text"] == "1 error"
+    said = gpu.sanitizers.together("memcheck", [clean, CLEAN.format("ERROR", "errors")], names)
+    assert not said["ok"] and "did not run to its end" in said["text"] and said["calls"] == 5
+
+
 def test_checks_fail_by_themselves(gpu, tmp_path, capsys):
     checks = gpu.probe.Checks(tmp_path / "a.json", "checks")
     assert checks.end() == 1  # nothing was checked

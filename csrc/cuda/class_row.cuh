@@ -14,6 +14,7 @@ template <class T>
 __global__ void __launch_bounds__(kClassThreads)
     class_row_forward(const __grid_constant__ Problem p, const __grid_constant__ Blocks blocks) {
   const Place at = place_of(blocks, blockIdx.x);
+  await_kernel_before();
   const int D = p.head_dim, G = p.groups;
   const int64_t first = part_index(p, at.batch, at.head, 0), step = p.heads;
   const float* parts = p.parts + first * D;
@@ -52,6 +53,7 @@ template <class T>
 __global__ void __launch_bounds__(kClassThreads)
     class_row_backward(const __grid_constant__ Problem p, const __grid_constant__ Blocks blocks) {
   const Place at = place_of(blocks, blockIdx.x);
+  await_kernel_before();
   const int D = p.head_dim;
   const float* parts = p.parts + (3 * part_index(p, at.batch, at.head, 0) + at.tile) * D;
   const int64_t step = 3 * int64_t(p.heads) * D;
@@ -77,13 +79,13 @@ __global__ void __launch_bounds__(kClassThreads)
 template <class T>
 int32_t class_forward(const Problem& p, cudaStream_t stream) {
   const Blocks blocks(p.batch, 1, 1, p.heads);
-  return launch("class_forward", class_row_forward<T>, p, blocks, kClassThreads, 0, stream);
+  return launch("class_forward", class_row_forward<T>, p, blocks, kClassThreads, 0, stream, true);
 }
 
 template <class T>
 int32_t class_backward(const Problem& p, cudaStream_t stream) {
   const Blocks blocks(p.batch, 1, 3, p.heads);
-  return launch("class_backward", class_row_backward<T>, p, blocks, kClassThreads, 0, stream);
+  return launch("class_backward", class_row_backward<T>, p, blocks, kClassThreads, 0, stream, true);
 }
 
 template <class T>

@@ -36,6 +36,7 @@ struct HopperGrid {
   Blocks blocks{0, 0, 0, 0};
   int64_t count = 0;   // of blocks
   int32_t stages = 0;  // in use
+  int32_t ahead = 0;   // blocks that run at a time, where each has a sequence of its own; else 0
 };
 
 // --- shared memory -------------------------------------------------------------------------------------------------
@@ -76,12 +77,31 @@ DEVICE void fetch_stage(const Stages<T, D, NUMBERS>& at, int stage, int key, con
   }
 }
 
-// The barriers and first stages, one thread. readers: the warps that each stage is read by.
+// The barriers and first stages, a stage by each of the first warps. readers: the warps that it is read by.
 template <class T, int D, bool NUMBERS>
 DEVICE void start_stages(const Stages<T, D, NUMBERS>& at, int readers, const HopperGrid& grid, const Place& place) {
-  for (int i = 0; i < grid.stages; ++i) barrier_init(at.full + i, 1), barrier_init(at.empty + i, readers);
+  static_assert(kHopperStages <= 4, "a warp for each");
+  const int i = threadIdx.x >> 5;
+  if ((threadIdx.x & 31) || i >= grid.stages) return;
+  barrier_init(at.full + i, 1), barrier_init(at.empty + i, readers);
   fence_async();
-  for (int i = 0; i < grid.stages; ++i) fetch_stage(at, i, kHopperKeys * i, grid, place);
+  fetch_stage(at, i, kHopperKeys * i, grid, place);
+}
+
+// Asks for q, k and v of the sequence that takes this one's place on the multiprocessor: when its block begins they are
+// on their way or there, while the memory would have had a pause.
+template <class T, int D>
+DEVICE void bring_next(const Sequence<T, D, true>& block, const HopperGrid& grid) {
+  const Problem& p = block.p;
+  const uint32_t next = blockIdx.x + grid.ahead;
+  if (!grid.ahead || next >= grid.count) return;
+  const Place at = place_of(grid.blocks, next);
+  const int32_t start = block.first_row(at.group);
+  for (int i = threadIdx.x; i < p.length; i += blockDim.x)
+    for (const Tensor* x : {&p.q, &p.k, &p.v})
+#pragma unroll
+      for (int c = 0; c < D; c += 64)
+        bring_near(row_of(head_of<const T>(*x, at.batch, at.head), *x, start + i * p.sequence.step[0]) + c);
 }
 
 // --- 64 queries ----------------------------------------------------------------------------------------------------
@@ -145,33 +165,36 @@ DEVICE void add_scaled(RowSums& sums, float (&s)[N][2][4], float scale, float (&
   }
 }
 
-// 16 * STEPS keys of a stage, of which `exist` do: scores, exponentials, and what they make of the values.
+// 16 * STEPS keys of a stage, of which `exist` do: scores, exponentials, and what they make of the values. asks: whether
+// this warp has a query; without one it takes part in the products alone, which are of four warps.
 template <int STEPS, bool ALL, class T, int D>
-DEVICE void attend(const Stages<T, D>& at, int stage, const LeftRows<D>& q, float scale, int exist, RowSums& sums,
-                   float (&acc)[D / 8][4]) {
+DEVICE void attend(const Stages<T, D>& at, int stage, const LeftRows<D>& q, float scale, int exist, bool asks,
+                   RowSums& sums, float (&acc)[D / 8][4]) {
   float s[STEPS][2][4], shrink[2];
+  uint32_t w[STEPS][4] = {};
   wgmma_fence();
 #pragma unroll
   for (int k = 0; k < D / 16; ++k)
     wgmma<T, 16 * STEPS, false>(s[0], q.x[k], panel_operand(at.keys(stage, k / 4), 0, 16 * (k & 3)), k > 0);
   wgmma_commit();
   wgmma_wait<0>();
-  if constexpr (!ALL) {
-    const int t = threadIdx.x & 3;
+  if (asks) {
+    if constexpr (!ALL) {
+      const int t = threadIdx.x & 3;
 #pragma unroll
-    for (int i = 0; i < 8; ++i)
-      if (16 * (STEPS - 1) + 8 * (i >> 2) + 2 * t + (i & 1) >= exist) s[STEPS - 1][i >> 2][i & 3] = -INFINITY;
+      for (int i = 0; i < 8; ++i)
+        if (16 * (STEPS - 1) + 8 * (i >> 2) + 2 * t + (i & 1) >= exist) s[STEPS - 1][i >> 2][i & 3] = -INFINITY;
+    }
+    add_scaled(sums, s, scale, shrink);
+    // A warp whose largest scores stay, as most do after the first keys, has nothing to correct.
+    if (__any_sync(~0u, !(shrink[0] == 1.0f && shrink[1] == 1.0f)))
+#pragma unroll
+      for (int c = 0; c < D / 8; ++c)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) acc[c][i] *= shrink[i >> 1];
+#pragma unroll
+    for (int i = 0; i < STEPS; ++i) pack_weights<T>(w[i], s[i]);
   }
-  add_scaled(sums, s, scale, shrink);
-  // A warp whose largest scores stay, as most do after the first keys, has nothing to correct.
-  if (__any_sync(~0u, !(shrink[0] == 1.0f && shrink[1] == 1.0f)))
-#pragma unroll
-    for (int c = 0; c < D / 8; ++c)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) acc[c][i] *= shrink[i >> 1];
-  uint32_t w[STEPS][4];
-#pragma unroll
-  for (int i = 0; i < STEPS; ++i) pack_weights<T>(w[i], s[i]);
   wgmma_fence();
 #pragma unroll
   for (int i = 0; i < STEPS; ++i)
@@ -188,14 +211,16 @@ __global__ void __launch_bounds__(kHopperMost, D <= 64 ? 2 : 1)
 #ifdef TSK_HOPPER
   SHARED_DYN(T, shared);
   const Stages<T, D> at(shared, grid.stages);
-  const Sequence<T, D> block(p, grid.blocks);
+  const Sequence<T, D, true> block(p, grid.blocks);
   const Place& place = block.at;
   const int warp = __shfl_sync(~0u, block.warp, 0);  // one for all lanes, as the compiler cannot know otherwise
   const int tiles = (p.members + kHopperQueries - 1) / kHopperQueries, first = 2 * place.tile + (warp >> 2);
-  if (threadIdx.x == 0) start_stages(at, 2 * place.tile + 1 < tiles ? kHopperWarps : kHopperWarps / 2, grid, place);
-  if (p.role <= kKey) block.zero(p.out);
+  admit_kernel_behind();
+  start_stages(at, 2 * place.tile + 1 < tiles ? kHopperWarps : kHopperWarps / 2, grid, place);
   LeftRows<D> q;
   block.load(q, p.q, kHopperQueries * first + 16 * (warp & 3), block.asks());
+  if (p.role <= kKey) block.zero(p.out);
+  bring_next(block, grid);
   __syncthreads();
 
   const float scale = p.scale * kLog2e;
@@ -223,19 +248,19 @@ __global__ void __launch_bounds__(kHopperMost, D <= 64 ? 2 : 1)
       }
       __syncwarp();
       barrier_wait(at.full + stage, round & 1);
-      attend<4, true>(at, stage, q, scale, 64, sums, acc);
+      attend<4, true>(at, stage, q, scale, 64, row < p.members, sums, acc);
       done();
     }
     const int left = p.length - key;
     barrier_wait(at.full + stage, round & 1);
     if (left > 48)
-      attend<4, false>(at, stage, q, scale, left, sums, acc);
+      attend<4, false>(at, stage, q, scale, left, row < p.members, sums, acc);
     else if (left > 32)
-      attend<3, false>(at, stage, q, scale, left, sums, acc);
+      attend<3, false>(at, stage, q, scale, left, row < p.members, sums, acc);
     else if (left > 16)
-      attend<2, false>(at, stage, q, scale, left, sums, acc);
+      attend<2, false>(at, stage, q, scale, left, row < p.members, sums, acc);
     else
-      attend<1, false>(at, stage, q, scale, left, sums, acc);
+      attend<1, false>(at, stage, q, scale, left, row < p.members, sums, acc);
     done();
     if (row < p.members) finish_forward(block, row, sums, acc);
   }
@@ -300,6 +325,9 @@ inline bool plan_hopper(const Problem& p, int32_t device, HopperGrid* grid) {
   grid->stages = stages <= kHopperStages ? stages : kHopperStages;
   grid->blocks = Blocks(p.batch, p.groups, stages <= kHopperStages ? 1 : (tiles + 1) / 2, p.heads);
   grid->count = grid->blocks.count;
+  int processors = 0;
+  cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  grid->ahead = stages <= kHopperStages ? processors * (p.head_dim <= 64 ? 2 : 1) : 0;
   return grid->count <= INT32_MAX;
 }
 

@@ -119,17 +119,23 @@ __global__ void __launch_bounds__(kHopperBackThreads, kHopperBackBlocks)
   constexpr float kOnes[2] = {1, 1};
   SHARED_DYN(T, shared);
   const Stages<T, D> at(shared, grid.stages);
-  const Sequence<T, D> block(p, grid.blocks);
+  const Sequence<T, D, true> block(p, grid.blocks);
   const Place& place = block.at;
   const int row = kHopperQueries * place.tile + 16 * block.warp;
-  if (threadIdx.x == 0) start_stages(at, kHopperBackWarps, grid, place);
+  admit_kernel_behind();
+  start_stages(at, kHopperBackWarps, grid, place);
+  // All is asked for before any of it is waited for.
+  const RawRows<D> raw_q = block.read(p.q, row, block.asks()), raw_dout = block.read(p.dout, row, block.asks());
+  const RawRows<D> raw_out = block.read(p.out, row, block.asks());
+  float2 stats[2];
+  read_stats(block, row, stats);
   if (p.role == kNoMember) block.zero(p.dq);
   HopperQueries<D> of;
   of.scale = p.scale * kLog2e;
-  block.load(of.q, p.q, row, block.asks());
-  block.load(of.dout, p.dout, row, block.asks());
+  LeftRows<D> out;
+  block.arrange(of.q, raw_q), block.arrange(of.dout, raw_dout), block.arrange(out, raw_out);
   float factor[2], delta[2], dq[D / 8][4] = {};
-  query_numbers(block, row, of.dout, of.top, factor, delta);
+  query_numbers(block, row, of.dout, out, stats, of.top, factor, delta);
 #pragma unroll
   for (int half = 0; half < 2; ++half)
     of.slope[half] = p.scale * factor[half], of.shift[half] = delta[half] * factor[half];
@@ -210,13 +216,16 @@ __global__ void __launch_bounds__(kHopperBackThreads, kHopperBackBlocks)
   constexpr float kOnes[2] = {1, 1};
   SHARED_DYN(T, shared);
   const Stages<T, D, true> at(shared, grid.stages);
-  const Sequence<T, D> block(p, grid.blocks);
+  const Sequence<T, D, true> block(p, grid.blocks);
   const Place& place = block.at;
   const int row = kHopperQueries * place.tile + 16 * block.warp;
-  if (threadIdx.x == 0) start_stages(at, kHopperBackWarps, grid, place);
+  const RawRows<D> raw_k = block.read(p.k, row, 0), raw_v = block.read(p.v, row, 0);
+  admit_kernel_behind();
+  await_kernel_before();  // the numbers of the queries are among what passes by
+  start_stages(at, kHopperBackWarps, grid, place);
   if (p.role == kNoMember) block.zero(p.dk), block.zero(p.dv);
   LeftRows<D> k, v;
-  block.load(k, p.k, row, 0), block.load(v, p.v, row, 0);
+  block.arrange(k, raw_k), block.arrange(v, raw_v);
   float dk[D / 8][4] = {}, dv[D / 8][4] = {};
   if (p.role >= kPerGroup) {
     const float* of = p.delta + 4 * row_index(p, place.batch, place.head, place.group, 0);
@@ -282,7 +291,7 @@ int32_t hopper_backward(const Problem& p, const HopperPlan& plan, cudaStream_t s
   static std::atomic<uint64_t> allowed[2]{};
   const auto run = [&](const char* name, auto kernel, auto stages, const HopperGrid& grid, int which) {
     if (int32_t status = allow_shared(kernel, name, allowed[which], stages(kHopperStages))) return status;
-    return launch(name, kernel, p, grid, kHopperBackThreads, stages(grid.stages), stream);
+    return launch(name, kernel, p, grid, kHopperBackThreads, stages(grid.stages), stream, which == 1);
   };
   if (int32_t status =
           run("hopper_backward_queries", hopper_backward_queries_kernel<T, 64>, Stages<T, 64>::bytes, plan.queries, 0))

@@ -92,11 +92,14 @@ Regime regime_of(const Problem& p) {
   return short_serves(p) ? kShort : resident_serves(p) ? kResident : streaming_serves(p) ? kStreaming : kGeneric;
 }
 
+// Longer sequences than this have the backward of Hopper's kernels even where a block could hold them whole.
+constexpr int kHopperBackLeast = 128;
+
 // Whether the forward leaves the backward what the kernels of streaming_backward.cuh read, on any device. Where a block
 // can hold the sequence whole it needs none of that; Hopper's kernels do.
 bool keeps(const Problem& p) {
   if (streaming_shape(p)) return true;
-  return p.dtype != TSK_F32 && p.head_dim == 64 && p.members > kHopperQueries && holds_sequence(p);
+  return p.dtype != TSK_F32 && p.head_dim == 64 && p.members > kHopperBackLeast && holds_sequence(p);
 }
 
 // Whether a backward has what was kept.

@@ -165,14 +165,24 @@ int32_t fail(int32_t status, const char* format, Args... args) {
   return status;
 }
 
-// Queues a kernel of a Problem and its Blocks, or a grid of its own. Returns TSK_OK, or what fail() returned: the name
-// and CUDA's error.
+// Whether the current device lets a kernel start before the one before it has ended, from compute capability 9.0 on.
+inline bool starts_early() {
+  int device = 0, major = 0;
+  if (cudaGetDevice(&device) == cudaSuccess) cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  return major >= 9;
+}
+
+// Queues a kernel of a Problem and its Blocks, or a grid of its own. behind: it calls await_kernel_before(). Returns
+// TSK_OK, or what fail() returned: the name and CUDA's error.
 template <class Grid>
 int32_t launch(const char* name, void (*kernel)(Problem, Grid), const Problem& p, const Grid& blocks, int threads,
-               int shared_bytes, cudaStream_t stream) {
+               int shared_bytes, cudaStream_t stream, bool behind = false) {
   if (blocks.count > INT32_MAX) return fail(TSK_INVALID, "%s: more than 2^31 - 1 blocks", name);
   if (blocks.count == 0) return TSK_OK;
-  LAUNCH(kernel, unsigned(blocks.count), unsigned(threads), size_t(shared_bytes), stream, p, blocks);
+  if (behind && starts_early())
+    LAUNCH_BEHIND(kernel, unsigned(blocks.count), unsigned(threads), size_t(shared_bytes), stream, p, blocks);
+  else
+    LAUNCH(kernel, unsigned(blocks.count), unsigned(threads), size_t(shared_bytes), stream, p, blocks);
   const cudaError_t error = cudaGetLastError();
   return error == cudaSuccess
              ? int32_t(TSK_OK)

@@ -21,10 +21,22 @@
   T* name = reinterpret_cast<T*>(dynamic_shared)
 #define LAUNCH(kernel, blocks, threads, shared_bytes, stream, ...) \
   (kernel)<<<(blocks), (threads), (shared_bytes), (stream)>>>(__VA_ARGS__)
+// A kernel that calls await_kernel_before() may start while the one before it on the stream ends.
+#define LAUNCH_BEHIND(kernel, blocks, threads, shared_bytes, stream, ...)            \
+  [&] {                                                                              \
+    cudaLaunchAttribute early{};                                                     \
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;                   \
+    early.val.programmaticStreamSerializationAllowed = 1;                            \
+    cudaLaunchConfig_t how{};                                                        \
+    how.gridDim = (blocks), how.blockDim = (threads), how.dynamicSmemBytes = (shared_bytes); \
+    how.stream = (stream), how.attrs = &early, how.numAttrs = 1;                     \
+    return cudaLaunchKernelEx(&how, (kernel), __VA_ARGS__);                          \
+  }()
 #else
 #include "simt.h"
 #define LAUNCH(kernel, blocks, threads, shared_bytes, stream, ...) \
   ((void)(stream), simt::launch((kernel), (blocks), (threads), (shared_bytes), __VA_ARGS__))
+#define LAUNCH_BEHIND(...) (simt::behind = true, LAUNCH(__VA_ARGS__))
 #endif
 #define DEVICE __device__ __forceinline__
 
@@ -141,6 +153,32 @@ DEVICE void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory");
 #else
   simt::cp_async_wait(LEFT);
+#endif
+}
+
+// The kernel behind this one on its stream may be brought in, up to where it waits for this one's end.
+DEVICE void admit_kernel_behind() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+// Until the kernel before has ended and what it wrote can be seen: every block of a kernel launched by LAUNCH_BEHIND.
+DEVICE void await_kernel_before() {
+#ifdef __CUDACC__
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+#else
+  simt::await_kernel_before();
+#endif
+}
+
+// Asks for the line of memory around an address to be brought into the second cache.
+DEVICE void bring_near(const void* p) {
+#ifdef __CUDACC__
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
+#else
+  simt::touch(p);
 #endif
 }
 

@@ -137,8 +137,15 @@ DEVICE void mix_rows(float (&acc)[TILES][D / 8][4], const float (&weights)[TILES
 
 // --- a block and its sequence --------------------------------------------------------------------------------------
 
-// One head of one sequence, as a warp of its block sees it.
-template <class T, int D>
+// 16 rows as they come from memory, of which LeftRows are made: so that those of several tensors are under way at once.
+template <int D>
+struct RawRows {
+  uint32_t words[2][D / 32][4];
+};
+
+// One head of one sequence, as a warp of its block sees it. ONE_AXIS: of the sequence, as of the groups. Where a row is
+// needs no branch then, and what follows one cannot be asked for before it.
+template <class T, int D, bool ONE_AXIS = false>
 struct Sequence {
   const Problem& p;
   Place at;
@@ -146,11 +153,20 @@ struct Sequence {
   int lane, warp, warps, rows;  // rows: M, rounded up to 16
 
   DEVICE Sequence(const Problem& problem, const Blocks& blocks) : p(problem) {
-    at = place_of(blocks, blockIdx.x), start = group_row(p, at.group);
+    at = place_of(blocks, blockIdx.x), start = first_row(at.group);
     lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = blockDim.x >> 5, rows = (p.members + 15) / 16 * 16;
   }
 
   DEVICE const T* head(const Tensor& x) const { return head_of<const T>(x, at.batch, at.head); }
+  // group_row() and member_row()
+  DEVICE int32_t first_row(int group) const {
+    return ONE_AXIS ? p.first + group * p.group.step[0] : group_row(p, group);
+  }
+  DEVICE int32_t token(int member) const {
+    if constexpr (!ONE_AXIS) return member_row(p, start, member);
+    const int patch = member - (p.role != kNoMember);
+    return patch < 0 ? 0 : start + patch * p.sequence.step[0];
+  }
   // The first member that is a query: the class row is none for kKey, and what it holds must not be looked at.
   DEVICE int asks() const { return p.role == kKey; }
 
@@ -161,27 +177,39 @@ struct Sequence {
     for (int i = threadIdx.x; i < count * (D / 8); i += blockDim.x) {
       const int row = i / (D / 8), chunk = i % (D / 8), member = first + row, place = chunk_place<D>(row, chunk);
       const int bytes = member >= begin && member < p.members ? 16 : 0;
-      const int32_t token = member_row(p, start, bytes ? member : p.members - 1);
-      cp_async16(to + place, row_of(head(x), x, token) + 8 * chunk, bytes);
-      if (also) cp_async16(also + place, row_of(head(*y), *y, token) + 8 * chunk, bytes);
+      const int32_t from = token(bytes ? member : p.members - 1);
+      cp_async16(to + place, row_of(head(x), x, from) + 8 * chunk, bytes);
+      if (also) cp_async16(also + place, row_of(head(*y), *y, from) + 8 * chunk, bytes);
     }
   }
-  // 16 members from `row` on as left operands, zeros as above.
-  DEVICE void load(LeftRows<D>& to, const Tensor& x, int row, int begin) const {
-    const int g = lane >> 2, t = lane & 3;
+  // 16 members from `row` on, zeros as above.
+  DEVICE RawRows<D> read(const Tensor& x, int row, int begin) const {
+    RawRows<D> to;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int member = row + g + 8 * half;
+      const int member = row + (lane >> 2) + 8 * half;
       const bool exists = member >= begin && member < p.members;
-      const T* from = row_of(head(x), x, member_row(p, start, exists ? member : p.members - 1)) + 8 * t;
+      const T* from = row_of(head(x), x, token(exists ? member : p.members - 1)) + 8 * (lane & 3);
 #pragma unroll
       for (int c = 0; c < D / 32; ++c) {
         const uint4 words = exists ? load16(from + 32 * c) : make_uint4(0, 0, 0, 0);
-        uint32_t y[4] = {words.x, words.y, words.z, words.w};
-        quad_transpose(y);
-#pragma unroll
-        for (int i = 0; i < 4; ++i) to.x[2 * c + (i >> 1)][half + 2 * (i & 1)] = y[i];
+        to.words[half][c][0] = words.x, to.words[half][c][1] = words.y;
+        to.words[half][c][2] = words.z, to.words[half][c][3] = words.w;
       }
+    }
+    return to;
+  }
+  // The same as left operands.
+  DEVICE void load(LeftRows<D>& to, const Tensor& x, int row, int begin) const { arrange(to, read(x, row, begin)); }
+  static DEVICE void arrange(LeftRows<D>& to, const RawRows<D>& from) {
+#pragma unroll
+    for (int i = 0; i < D / 16; ++i) {
+      uint32_t y[4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) y[j] = from.words[i & 1][i >> 1][j];
+      quad_transpose(y);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) to.x[2 * (i >> 1) + (j >> 1)][(i & 1) + 2 * (j & 1)] = y[j];
     }
   }
   // Sums [16, D] times a factor for rows g and g + 8 of each lane, into those rows from `row` on that exist and are
@@ -193,7 +221,7 @@ struct Sequence {
     for (int half = 0; half < 2; ++half) {
       const int member = row + g + 8 * half;
       const bool first = part && member == 0, wanted = member >= begin && member < p.members && !first;
-      T* to = row_of(head_of<T>(x, at.batch, at.head), x, member_row(p, start, wanted ? member : 0)) + 8 * t;
+      T* to = row_of(head_of<T>(x, at.batch, at.head), x, token(wanted ? member : 0)) + 8 * t;
 #pragma unroll
       for (int c = 0; c < D / 32; ++c) {
         uint32_t y[4];
@@ -277,8 +305,9 @@ DEVICE float2 natural_sums(float top, float total) {
 
 // Of a warp's queries from `row` on: keeps their statistics and stores the weighted sums of values, the class row's as
 // a part of the whole.
-template <class T, int D>
-DEVICE void finish_forward(const Sequence<T, D>& block, int row, const RowSums& sums, const float (&acc)[D / 8][4]) {
+template <class T, int D, bool ONE_AXIS>
+DEVICE void finish_forward(const Sequence<T, D, ONE_AXIS>& block, int row, const RowSums& sums,
+                           const float (&acc)[D / 8][4]) {
   const Problem& p = block.p;
   const Place& at = block.at;
   const int64_t part = part_index(p, at.batch, at.head, at.group);

@@ -19,16 +19,28 @@ DEVICE void add_products(float (&sums)[2], const LeftRows<D>& a, const LeftRows<
   }
 }
 
+// What the forward has kept of rows g and g + 8 of a warp's 16 from `row` on.
+template <class T, int D, bool ONE_AXIS>
+DEVICE void read_stats(const Sequence<T, D, ONE_AXIS>& block, int row, float2 (&stats)[2]) {
+  const Problem& p = block.p;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int member = row + (block.lane >> 2) + 8 * half;
+    const bool asks = member >= block.asks() && member < p.members;
+    const int64_t index = row_index(p, block.at.batch, block.at.head, block.at.group, asks ? member : p.members - 1);
+    stats[half] = *reinterpret_cast<const float2*>(p.stats + 2 * index);
+  }
+}
+
 // Of a warp's 16 queries from `row` on, rows g and g + 8 of each lane: the largest score in units of log2, the factor
 // that makes an exponential a probability, and sum(p * dp) times the scale. Kept in p.delta, [B, H, G, M, 4].
-template <class T, int D>
-DEVICE void query_numbers(const Sequence<T, D>& block, int row, const LeftRows<D>& dout, float (&top)[2],
-                          float (&factor)[2], float (&delta)[2]) {
+template <class T, int D, bool ONE_AXIS>
+DEVICE void query_numbers(const Sequence<T, D, ONE_AXIS>& block, int row, const LeftRows<D>& dout,
+                          const LeftRows<D>& out, const float2 (&stats)[2], float (&top)[2], float (&factor)[2],
+                          float (&delta)[2]) {
   const Problem& p = block.p;
   const Place& at = block.at;
   const int g = block.lane >> 2, t = block.lane & 3;
-  LeftRows<D> out;
-  block.load(out, p.out, row, block.asks());
   delta[0] = delta[1] = 0;
   add_products<T, D>(delta, dout, out);
   if (p.role == kPerGroup && row == 0 && g == 0) {  // row 0 of out is a mean: the group's own is kept
@@ -45,7 +57,7 @@ DEVICE void query_numbers(const Sequence<T, D>& block, int row, const LeftRows<D
     const int member = row + g + 8 * half;
     const bool asks = member >= block.asks() && member < p.members;
     const int64_t index = row_index(p, at.batch, at.head, at.group, asks ? member : p.members - 1);
-    top[half] = log2_top(p.stats[2 * index]), factor[half] = reciprocal(p.stats[2 * index + 1]);
+    top[half] = log2_top(stats[half].x), factor[half] = reciprocal(stats[half].y);
     delta[half] = quad_sum(delta[half]) * p.scale;
     // What a group counts for in the class row's output is a factor of that row's dout.
     if (p.role == kPerGroup && member == 0) factor[half] *= class_share(p, at.batch, at.group);
@@ -71,7 +83,11 @@ __global__ void __launch_bounds__(32 * stream_warps(D, true), 2)
   for (int i = 0; i < kTiles; ++i) {
     block.load(q[i], p.q, row + 16 * i, block.asks());
     block.load(dout[i], p.dout, row + 16 * i, block.asks());
-    query_numbers(block, row + 16 * i, dout[i], top[i], factor[i], delta[i]);
+    LeftRows<D> out;
+    float2 stats[2];
+    block.load(out, p.out, row + 16 * i, block.asks());
+    read_stats(block, row + 16 * i, stats);
+    query_numbers(block, row + 16 * i, dout[i], out, stats, top[i], factor[i], delta[i]);
   }
 
   float dq[kTiles][D / 8][4] = {};

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Builds the package where it stands, without network: pip if it is usable, else setup.py alone.
 
-Nothing is built where the library loads and its sources have not changed since.
+Nothing is built where the libraries load and their sources have not changed since.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ def anonymous(line: str) -> str:
     return line.replace(str(ROOT), ".").replace(sys.prefix, "PREFIX").replace(str(Path.home()), "~")[-300:]
 
 
-def usable(report: dict | None) -> bool:
-    library = report and report["libraries"]["_cpu"]
-    return bool(library and library["ok"] and not library["stale"])
+def usable(report: dict | None, *names: str) -> bool:
+    """Whether the libraries of these names can be used as they are."""
+    return report is not None and all(x["ok"] and not x["stale"] for x in map(report["libraries"].get, names))
 
 
 def main() -> int:
@@ -45,8 +45,9 @@ def main() -> int:
     checks = Checks(args.json, "steps")
     environment = {"MAX_JOBS": str(len(os.sched_getaffinity(0))), "TIMESFORMER_KERNELS_REQUIRE_NATIVE": "1"}
     installed = subprocess.run([sys.executable, "-c", HERE], cwd=ROOT, capture_output=True).returncode == 0
+    libraries = ("_cpu",) if args.cpu else ("_cpu", "_cuda")
     before, way = info(), "up to date, nothing built"
-    if not usable(before) or not installed:
+    if not usable(before, *libraries):
         for way, command in (("pip install -e", PIP), ("setup.py build_ext --inplace", SETUP)):
             if way.startswith("pip") and installed:
                 continue  # of an earlier build: its sources changed
@@ -60,7 +61,7 @@ def main() -> int:
     report = info()
     checks.facts["info"] = report and {key: value for key, value in report.items() if key != "location"}
     library = report["libraries"]["_cpu"] if report else {"ok": False, "reason": "the package does not import"}
-    checks.add("native library", usable(report), library["reason"] or ("stale" if library.get("stale") else "ok"))
+    checks.add("native library", usable(report, "_cpu"), library["reason"] or ("stale" if library.get("stale") else "ok"))
     device = "cpu" if args.cpu else "cuda"
     reason = report["backends"][device]["bfloat16"]["triton"] if report else "the package does not import"
     checks.add("triton backend", reason is None, reason or "can run")

@@ -125,5 +125,9 @@ def every_kernel(cpu: bool) -> list:
     if registry.get("cuda").why_not("cuda", torch.bfloat16, 64) is None:
         native = [replace(call, backend="cuda") for call in calls]
         wide = [replace(call, head_dim=128) for call in native if call.head_dim == 80]  # 80 is the plain kernel's
-        calls += [*native, *wide]
+        narrow = dict(backend="cuda", head_dim=32)  # no product of four warps: those of one
+        narrow = [Attention("space", (side, 16, 2), "per_group", **narrow) for side in (3, 12, 17)]
+        rings = [Attention("space", (17, 16, 2), cls, backend="cuda") for cls in ("none", "per_group", "global")]
+        few = [Attention("time", (2, 3, frames), "per_group", backend="cuda") for frames in (1, 4, 16)]
+        calls += [*native, *wide, *narrow, *rings, *few]
     return [*calls, *fused_steps]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""memcheck, racecheck and initcheck of `sanitize.py`, side by side, and two mistakes that they must find.
+"""memcheck, racecheck and initcheck of `sanitize.py`, in parts side by side, and two mistakes that they must find.
 
 Errors count where they lie in a kernel of ours; those of other libraries' kernels are listed. Without a GPU: the
 program alone, without the tools.
@@ -12,6 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from functools import lru_cache
 from pathlib import Path
@@ -21,7 +22,7 @@ from probe import Checks, options, skip
 PROGRAM = str(Path(__file__).with_name("sanitize.py"))
 ROOT = Path(__file__).resolve().parents[2]
 KERNELS, CUDA = ROOT / "kernels/timesformer_kernels/backends/triton", ROOT / "csrc/cuda"
-TOOLS = ("memcheck", "racecheck", "initcheck")
+TOOLS = {"memcheck": 3, "racecheck": 6, "initcheck": 4}  # processes among which the calls are divided
 PLANTS = {"write": "memcheck", "read": "initcheck"}
 OPTIONS = {
     "--target-processes": "application-only",  # not the compilers that a kernel's first call starts
@@ -80,9 +81,25 @@ def known() -> list[str]:
     return [word for pair in fit for word in pair]
 
 
-def start(tool: str, *arguments: str) -> subprocess.Popen:
+def start(log: Path, tool: str, *arguments: str) -> subprocess.Popen:
+    """A process of the tool that writes to a file: a full pipe would have it wait for those read before it."""
     command = [shutil.which("compute-sanitizer"), "--tool", tool, *known(), sys.executable, PROGRAM, *arguments]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    with open(log, "w", encoding="utf-8") as out:
+        return subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
+
+
+def together(tool: str, outputs: list[str], names: set[str]) -> dict:
+    """read() of all parts of a tool's calls, as one; "calls": how many ran. The text is that of the first that is bad,
+    or what all of them say."""
+    parts = []
+    for output in outputs:
+        said, calls = read(tool, output, names), re.search(rf"^(\d+) {END}$", output, re.M)
+        if not calls:
+            said |= {"ok": False, "text": f"{said['text']}; the program did not run to its end"}
+        parts.append({**said, "calls": int(calls[1]) if calls else 0})
+    worst = min(parts, key=lambda part: part["ok"])
+    lists = {key: [record for part in parts for record in part[key]] for key in ("ours", "others")}
+    return {"ok": worst["ok"], "text": worst["text"], "calls": sum(part["calls"] for part in parts), **lists}
 
 
 def compiled_before() -> None:
@@ -109,22 +126,28 @@ def main() -> int:
         skip("compute-sanitizer is not on PATH")
     compiled_before()
     names = kernel_names()
-    runs = {tool: start(tool) for tool in TOOLS} | {kind: start(PLANTS[kind], "--plant", kind) for kind in PLANTS}
-    outputs = {}
-    for name, process in runs.items():
-        outputs[name] = process.communicate()[0]
-        if args.json:
-            args.json.with_name(f"{name}.log").write_text(outputs[name], encoding="utf-8")
-    if all(any(text in output for text in UNSUPPORTED) for output in outputs.values()):
+    with tempfile.TemporaryDirectory() as scratch:
+        logs = {(tool, k): Path(scratch) / f"{tool}-{k}.log" for tool, n in TOOLS.items() for k in range(n)}
+        runs = [start(log, tool, "--part", f"{k}/{TOOLS[tool]}") for (tool, k), log in logs.items()]
+        plants = {kind: Path(scratch) / f"{kind}.log" for kind in PLANTS}
+        runs += [start(log, PLANTS[kind], "--plant", kind) for kind, log in plants.items()]
+        for process in runs:
+            process.wait()
+        read_text = lambda path: path.read_text(encoding="utf-8", errors="replace")  # noqa: E731
+        outputs = {tool: [read_text(log) for (name, _), log in logs.items() if name == tool] for tool in TOOLS}
+        planted = {kind: read_text(log) for kind, log in plants.items()}
+    if args.json:
+        for name, parts in outputs.items():
+            args.json.with_name(f"{name}.log").write_text("".join(parts), encoding="utf-8")
+    if all(any(text in output for text in UNSUPPORTED) for parts in outputs.values() for output in parts):
         skip("compute-sanitizer does not support this device")
-    for tool in TOOLS:
-        said = read(tool, outputs[tool], names)
-        ended = END in outputs[tool]
-        text = said["text"] if ended else f"{said['text']}; the program did not run to its end"
+    for tool, parts in outputs.items():
+        said = together(tool, parts, names)
         first = f"; {said['ours'][0]['kind']} in {said['ours'][0]['kernel']}" if said["ours"] else ""
-        checks.add(tool, said["ok"] and ended, text + first, ours=said["ours"][:20], others=said["others"])
+        text = f"{said['calls']} calls: {said['text']}{first}"
+        checks.add(tool, said["ok"], text, ours=said["ours"][:20], others=said["others"][:20])
     for kind, tool in PLANTS.items():
-        said = read(tool, outputs[kind], {f"planted_{kind}"})
+        said = read(tool, planted[kind], {f"planted_{kind}"})
         checks.add(f"planted {kind}", bool(said["ours"]), f"{tool} finds it" if said["ours"] else f"{tool} is blind")
     return checks.end("memcheck, racecheck, initcheck clean; both planted mistakes found")
 

@@ -17,6 +17,9 @@ __all__ = ["STAGES", "Context", "Failed", "Stage"]
 PRODUCT = ("kernels", "timesformer", "csrc")
 KERNEL_TESTS = ("attention", "gradients", "faults", "memory_safety", "determinism", "packed", "fused")
 REGISTRATION = ("tests/test_ops.py", "tests/test_fused_ops.py")
+# Of all other tests those that ask for a GPU, or for what a machine has. The rest is CI's.
+MACHINE_TESTS = ("session", "bad_input", "choice", "info", "registry", "warmup")
+ON_GPU = "not cpp"  # a CPU's backend on four instruction sets: more than half of the kernels' tests, and CI's, too
 # Of the tests a rehearsal collects all and runs these: the interpreter needs minutes for the rest.
 CPU_TESTS = {
     "kernels": "triton and bitwise_as_apart and not global or test_eps or test_constant_rows",
@@ -113,20 +116,20 @@ def kernel_files(context: Context) -> list[str]:
 
 
 def kernel_tests(context: Context) -> list[list[str]]:
-    few = ["-k", CPU_TESTS["kernels"]] if context.cpu else []
+    few = ["-k", CPU_TESTS["kernels"] if context.cpu else ON_GPU]
     return [pytest(context, *few, *kernel_files(context))]
 
 
 def other_tests(context: Context) -> list[list[str]]:
-    simulated = {f"tests/{path.name}" for path in (context.root / "tests").glob("test_cuda*.py")}  # without a GPU: CI's
-    done = {*kernel_files(context), *REGISTRATION, *({*simulated, "tests/test_simt.py"} if not context.cpu else ())}
+    if not context.cpu:
+        return [pytest(context, *[f"tests/test_{name}.py" for name in MACHINE_TESTS])]
+    done = {*kernel_files(context), *REGISTRATION}
     names = sorted(path.relative_to(context.root).as_posix() for path in (context.root / "tests").glob("test_*.py"))
-    few = ["-k", CPU_TESTS["rest"]] if context.cpu else []
-    return [pytest(context, *few, *[name for name in names if name not in done])]
+    return [pytest(context, "-k", CPU_TESTS["rest"], *[name for name in names if name not in done])]
 
 
 def registration(context: Context) -> list[list[str]]:
-    few = ["-k", CPU_TESTS["registration"]] if context.cpu else []
+    few = ["-k", CPU_TESTS["registration"] if context.cpu else ON_GPU]
     return [pytest(context, *few, *[name for name in REGISTRATION if (context.root / name).exists()])]
 
 
@@ -211,12 +214,12 @@ def stage(name: str, about: str, limits: str, commands, finding=findings.plain, 
 STAGES = (
     stage("env", "versions, GPU, driver, clocks", "15 15 15", script("environment"), findings.env, always=True),
     stage("build", "the package, without network", "60 60 25", script("build_package"), always=True),
-    stage("tests-kernels", "tests of the kernels", "97 42 34", kernel_tests, findings.tests, "tests"),
+    stage("tests-kernels", "tests of the kernels", "83 42 34", kernel_tests, findings.tests, "tests"),
     stage("registration", "what torch does to an op", "37 20 30", registration, findings.registration, "tests"),
     stage("graphs", "CUDA graphs replayed on new inputs against eager", "41 22 20", script("graphs")),
     stage("streams", "side streams, threads, several GPUs", "17 12 12", script("streams")),
     stage("large", "65,536 clips or sequences, 2^31 elements, and more", "35 18 12", script("large")),
-    stage("sanitizers", "memcheck, racecheck, initcheck of every kernel", "46 28 15", script("sanitizers")),
+    stage("sanitizers", "memcheck, racecheck, initcheck of every kernel", "60 28 15", script("sanitizers")),
     stage("ceilings", "copy bandwidth and matrix products", "15 12 12", script("ceilings"), findings.ceilings),
     stage("bench-core", "attention, against every peer; choice.json", "60 15 16", CORE, findings.chosen),
     stage("bench-block", "half-block and block", "20 12 12", BLOCK, findings.bench),
@@ -225,5 +228,5 @@ STAGES = (
     stage("peers", "largest batch of each peer, and why not more", "15 0 12", PEERS, findings.largest),
     stage("resources", "registers, spills, shared memory", "15 0 16", resources, findings.resources, "scripts"),
     stage("all-peers", "the long list of shapes and peers: with --only", "0 0 10", ALL, findings.bench),
-    stage("tests-rest", "all other tests", "17 0 25", other_tests, findings.tests, "tests", "benchmarks"),
+    stage("tests-rest", "other tests that ask for a GPU", "17 0 25", other_tests, findings.tests, "tests", "benchmarks"),
 )

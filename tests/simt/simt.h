@@ -134,6 +134,8 @@ inline thread_local cudaError_t last_error;
 inline thread_local std::pair<cudaError_t, std::string> last_text;
 inline std::map<std::pair<int, const void*>, int> shared_allowed;  // [device, kernel], as on a GPU
 inline std::mutex one_launch;
+inline bool behind;      // the next launch need not wait for the one before, each of its threads does that
+inline int64_t awaited;  // by how many threads of a launch
 constexpr int kSharedDefault = 48 << 10, kSharedMost = 227 << 10;
 
 inline cudaError_t error(cudaError_t code, const std::string& text) {
@@ -141,12 +143,16 @@ inline cudaError_t error(cudaError_t code, const std::string& text) {
   return code;
 }
 
+inline void await_kernel_before() { awaited++; }
+inline void touch(const void* p) { (void)*static_cast<const volatile char*>(p); }
+
 // kernel<<<grid, block, shared>>>(args...)
 template <class... P, class... A>
 void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, A... args) {
   static_assert((sizeof(P) + ... + 0) <= 4096, "kernel parameters");
   const std::lock_guard<std::mutex> lock(one_launch);
   launches++;
+  const bool waits = std::exchange(behind, false);
   if (fail_next) {
     error(cudaError_t(fail_next), "made to fail");
     fail_next = 0;
@@ -160,8 +166,10 @@ void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, A... arg
     return void(error(cudaErrorInvalidConfiguration, "invalid configuration argument"));
   if (shared > limit) return void(error(cudaErrorInvalidValue, "more shared memory than the kernel may have"));
   body = [&] { kernel(P(args)...); };
+  awaited = 0;
   try {
     run(grid, block, shared);
+    need(!waits || awaited == int64_t(grid.x) * grid.y * grid.z * int64_t(threads), "not every thread awaits the kernel before");
   } catch (const std::exception& e) {
     error(cudaErrorLaunchFailure, std::string("simt: ") + e.what());
   }

@@ -14,7 +14,7 @@ MAX_HEAD_DIM = 256
 # Of 16 bits: the kernels on tensor cores, and up to how many members of a sequence a block holds it whole.
 TENSOR_CORE_HEAD_DIMS = (32, 64, 128)
 RESIDENT_MEMBERS = {32: 256, 64: 256, 128: 128}
-HOPPER_ROWS = 64  # of a product of four warps: longer sequences have a backward of their own on compute capability 9.0
+HOPPER_BACK_LEAST = 128  # longer sequences, of head_dim 64, have a backward of their own on compute capability 9.0
 
 
 def forward(q, k, v, view, scale, cls_weights, stats=None):
@@ -53,7 +53,7 @@ def stats_size(shape, dtype: torch.dtype, view):
         if not G * view.length:
             G = M = 1
     elif tensor_cores:
-        if M <= RESIDENT_MEMBERS[D] and not (D == 64 and M > HOPPER_ROWS):
+        if M <= RESIDENT_MEMBERS[D] and not (D == 64 and M > HOPPER_BACK_LEAST):
             return 0
         if view.cls == "per_group":
             outputs = B * G * H * D
