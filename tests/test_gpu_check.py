@@ -521,6 +521,16 @@ def test_checks_fail_by_themselves(gpu, tmp_path, capsys):
     assert result["checks"]["good"]["number"] == 2
 
 
+def test_a_sessions_calls_are_compared_and_timed(tmp_path):
+    """On tiny models, without a graph."""
+    command = [sys.executable, str(GPU / "session.py"), "--cpu", "--json", str(tmp_path / "a.json")]
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for check in json.loads((tmp_path / "a.json").read_text())["checks"].values():
+        assert check["errors"].keys() == check["milliseconds"].keys() and check["milliseconds"]["session"] > 0
+        assert {"session", "plain"} <= check["errors"].keys() and max(check["errors"].values()) < 1e-4
+
+
 def judged(program, tmp_path, wrong=""):
     """(exit status, result) of a program; backend `wrong` is Triton's with results that drift from call to call."""
     code = f"""

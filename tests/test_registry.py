@@ -176,6 +176,7 @@ def test_out_of_memory_passes_through(fused, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(torch, "empty", full)
+        patch.setattr(torch, "empty_like", full)
         patch.setattr(torch.Tensor, "new_empty", full)
         with pytest.raises(torch.OutOfMemoryError):
             time_attention(q, k, v, frames=4, backend=fused)

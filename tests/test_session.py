@@ -139,6 +139,15 @@ def test_changed_weights_are_noticed(generator, dtype):
         session(clip(generator, dtype=session.dtype))
 
 
+def test_a_converted_model_is_noticed(generator):
+    """Its parameters are the same objects, in other memory than that which a graph reads."""
+    model = make(generator)
+    session = Session(model, SHAPES)
+    model.double().float()
+    with pytest.raises(RuntimeError, match="weights have changed"):
+        session(clip(generator, dtype=torch.float32))
+
+
 def test_a_model_that_cannot_be_folded_runs_as_it_is(generator):
     model, seen = make(generator), []
     model.blocks[1].mlp.register_forward_hook(lambda *_: seen.append(1))

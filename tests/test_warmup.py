@@ -8,6 +8,7 @@ import types
 
 import pytest
 import torch
+from oracle import device_of
 from torch import nn
 
 from timesformer import DividedSTAttention
@@ -117,7 +118,7 @@ def test_dtype_and_autocast_are_the_models_own():
 @pytest.mark.needs(dtype=torch.float32, head_dim=16)
 def test_attention_of_every_backend(backend):
     """Forward and backward of the named backend run, in the interpreter too."""
-    model = DividedSTAttention(32, num_heads=2, backend=backend)
+    model = DividedSTAttention(32, num_heads=2, backend=backend).to(device_of(backend))
     reached = []
     model.attn.qkv.weight.register_hook(reached.append)
 
@@ -131,9 +132,11 @@ def test_attention_of_every_backend(backend):
 
     clips = Clips()
     before = copy.deepcopy(state(clips))
-    assert warmup(clips, [(1, 5, 32)]) == 0
+    compiled = warmup(clips, [(1, 5, 32)])
     assert not reached
-    assert warmup(clips, [(1, 5, 32)], train=True) == 0
+    compiled += warmup(clips, [(1, 5, 32)], train=True)
+    if device_of(backend) == "cpu":
+        assert compiled == 0
     assert len(reached) == 1 and not torch.isnan(reached[0]).any()
     assert same(before, state(clips))
 

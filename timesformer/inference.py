@@ -63,7 +63,7 @@ class Session:
         if graphs and hooked(model):
             raise ValueError("model: got one with hooks, which a CUDA graph would not call; remove them first")
 
-        self._watched = [(p, version_of(p)) for p in model.parameters()]
+        self._watched = [(p, version_of(p), p.data_ptr()) for p in model.parameters()]
         if {self.dtype, self.compute_dtype} == {weight.dtype}:
             self._model = copy.copy(model)  # the same parameters, unfused: what is folded is the session's own
         else:
@@ -95,7 +95,8 @@ class Session:
                 f"video: got shape {tuple(video.shape)}, {video.dtype} on {video.device}, this session holds "
                 f"{', '.join(map(str, self.shapes))}, {self.dtype} on {self.device}"
             )
-        if any(version_of(p) != version for p, version in self._watched):
+        # Moved or converted, a parameter is the same one of the same version, in other memory.
+        if any(version_of(p) != version or p.data_ptr() != at for p, version, at in self._watched):
             raise RuntimeError("model: its weights have changed since this session was made; make a new one")
         graph = self._graphs.get(tuple(video.shape))
         return self._run(video) if graph is None else graph(video)

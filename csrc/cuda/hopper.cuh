@@ -88,6 +88,44 @@ DEVICE void start_stages(const Stages<T, D, NUMBERS>& at, int readers, const Hop
   fetch_stage(at, i, kHopperKeys * i, grid, place);
 }
 
+// The place in the ring of what passes by, 64 rows at a time.
+struct Turn {
+  int stage = 0;
+  uint32_t round = 0;
+
+  DEVICE void next(int stages) {
+    if (++stage == stages) stage = 0, ++round;
+  }
+};
+
+// At the turn of the 64 rows from `row` on: has those fetched that go where the last but one were. By now all warps have
+// read these, but for a few that are rarely waited for.
+template <class T, int D, bool NUMBERS>
+DEVICE void fetch_over(const Stages<T, D, NUMBERS>& at, const Turn& turn, int row, int length, const HopperGrid& grid,
+                       const Place& place) {
+  const int far = row + kHopperKeys * (grid.stages - 2);
+  if (threadIdx.x == 0 && row >= 2 * kHopperKeys && far < length) {
+    const bool before = turn.stage < 2;  // a round ago
+    const int free = turn.stage - 2 + (before ? grid.stages : 0);
+    barrier_wait(at.empty + free, (turn.round - before) & 1);
+    fetch_stage(at, free, far, grid, place);
+  }
+  __syncwarp();
+}
+
+// call(the number of steps of 16 that `left`, 1 to 64 rows, take), a constant
+template <class Call>
+DEVICE void with_steps(int left, const Call& call) {
+  if (left > 48)
+    call(std::integral_constant<int, 4>());
+  else if (left > 32)
+    call(std::integral_constant<int, 3>());
+  else if (left > 16)
+    call(std::integral_constant<int, 2>());
+  else
+    call(std::integral_constant<int, 1>());
+}
+
 // Asks for q, k and v of the sequence that takes this one's place on the multiprocessor: when its block begins they are
 // on their way or there, while the memory would have had a pause.
 template <class T, int D>
@@ -145,64 +183,64 @@ DEVICE void start_with(const T* key, const T* value, const LeftRows<D>& q, float
   }
 }
 
-// RowSums::add() of scores that are yet to be scaled, by a factor above 0
-template <int N>
-DEVICE void add_scaled(RowSums& sums, float (&s)[N][2][4], float scale, float (&shrink)[2]) {
+// RowSums::add() of 16 STEPS scores that are yet to be scaled, by a factor above 0
+template <int STEPS>
+DEVICE void add_scaled(RowSums& sums, float (&s)[4][2][4], float scale, float (&shrink)[2]) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     float now = -INFINITY;
 #pragma unroll
-    for (int i = 0; i < 4 * N; ++i) now = fmaxf(now, s[i >> 2][i >> 1 & 1][2 * half + (i & 1)]);
+    for (int i = 0; i < 4 * STEPS; ++i) now = fmaxf(now, s[i >> 2][i >> 1 & 1][2 * half + (i & 1)]);
     now = fmaxf(sums.top[half], quad_max(now) * scale);
     const float zero = now == -INFINITY ? 0.0f : now;  // nothing but -inf so far is no NaN yet
     shrink[half] = ex2(sums.top[half] - zero), sums.top[half] = now;
     sums.total[half] *= shrink[half];
 #pragma unroll
-    for (int i = 0; i < 4 * N; ++i) {
+    for (int i = 0; i < 4 * STEPS; ++i) {
       float& e = s[i >> 2][i >> 1 & 1][2 * half + (i & 1)];
       e = ex2(fmaf(e, scale, -zero)), sums.total[half] += e;
     }
   }
 }
 
-// 16 * STEPS keys of a stage, of which `exist` do: scores, exponentials, and what they make of the values. asks: whether
-// this warp has a query; without one it takes part in the products alone, which are of four warps.
-template <int STEPS, bool ALL, class T, int D>
-DEVICE void attend(const Stages<T, D>& at, int stage, const LeftRows<D>& q, float scale, int exist, bool asks,
-                   RowSums& sums, float (&acc)[D / 8][4]) {
-  float s[STEPS][2][4], shrink[2];
-  uint32_t w[STEPS][4] = {};
-  wgmma_fence();
+// Starts the scores of a stage's 64 keys, a group of products.
+template <class T, int D>
+DEVICE void start_scores(float (&s)[4][2][4], const Stages<T, D>& at, int stage, const LeftRows<D>& q) {
 #pragma unroll
   for (int k = 0; k < D / 16; ++k)
-    wgmma<T, 16 * STEPS, false>(s[0], q.x[k], panel_operand(at.keys(stage, k / 4), 0, 16 * (k & 3)), k > 0);
+    wgmma<T, 64, false>(s[0], q.x[k], panel_operand(at.keys(stage, k / 4), 0, 16 * (k & 3)), k > 0);
   wgmma_commit();
-  wgmma_wait<0>();
-  if (asks) {
-    if constexpr (!ALL) {
-      const int t = threadIdx.x & 3;
+}
+
+// The scores of 16 STEPS keys, of which `exist` do, into weights, and the sums so far made to fit them.
+template <int STEPS, bool ALL, class T, int N>
+DEVICE void weigh(float (&s)[4][2][4], float scale, int exist, RowSums& sums, float (&acc)[N][4],
+                  uint32_t (&w)[4][4]) {
+  float shrink[2];
+  if constexpr (!ALL) {
+    const int t = threadIdx.x & 3;
 #pragma unroll
-      for (int i = 0; i < 8; ++i)
-        if (16 * (STEPS - 1) + 8 * (i >> 2) + 2 * t + (i & 1) >= exist) s[STEPS - 1][i >> 2][i & 3] = -INFINITY;
-    }
-    add_scaled(sums, s, scale, shrink);
-    // A warp whose largest scores stay, as most do after the first keys, has nothing to correct.
-    if (__any_sync(~0u, !(shrink[0] == 1.0f && shrink[1] == 1.0f)))
-#pragma unroll
-      for (int c = 0; c < D / 8; ++c)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) acc[c][i] *= shrink[i >> 1];
-#pragma unroll
-    for (int i = 0; i < STEPS; ++i) pack_weights<T>(w[i], s[i]);
+    for (int i = 0; i < 8; ++i)
+      if (16 * (STEPS - 1) + 8 * (i >> 2) + 2 * t + (i & 1) >= exist) s[STEPS - 1][i >> 2][i & 3] = -INFINITY;
   }
-  wgmma_fence();
+  add_scaled<STEPS>(sums, s, scale, shrink);
+  // A warp whose largest scores stay, as most do after the first keys, has nothing to correct.
+  if (__any_sync(~0u, !(shrink[0] == 1.0f && shrink[1] == 1.0f)))
+#pragma unroll
+    for (int i = 0; i < 4 * N; ++i) acc[i >> 2][i & 3] *= shrink[i >> 1 & 1];
+#pragma unroll
+  for (int i = 0; i < STEPS; ++i) pack_weights<T>(w[i], s[i]);
+}
+
+// Starts what the weights make of the values of 16 STEPS keys, a group of products.
+template <int STEPS, class T, int D>
+DEVICE void start_values(float (&acc)[D / 8][4], const uint32_t (&w)[4][4], const Stages<T, D>& at, int stage) {
 #pragma unroll
   for (int i = 0; i < STEPS; ++i)
 #pragma unroll
     for (int panel = 0; panel < D / 64; ++panel)
       wgmma<T, 64, true>(acc + 8 * panel, w[i], panel_operand(at.values(stage, panel), 16 * i, 0), true);
   wgmma_commit();
-  wgmma_wait<0>();
 }
 
 template <class T, int D>
@@ -232,36 +270,38 @@ __global__ void __launch_bounds__(kHopperMost, D <= 64 ? 2 : 1)
     if (p.role != kNoMember)  // the one softmax of a global class row has the class key once
       start_with(block.head(p.k), block.head(p.v), q, scale, p.role == kGlobal && place.group > 0 && row == 0, sums,
                  acc);
-    int stage = 0, key = 0;
-    uint32_t round = 0;
-    const auto done = [&] {  // with a stage
-      if (block.lane == 0) barrier_arrive(at.empty + stage);
-      if (++stage == grid.stages) stage = 0, ++round;
-    };
+    // A stage's values and the scores of the next are products of one go. A warp without a query takes part in them,
+    // which are of four warps, and has weights of zero.
+    const bool asks = row < p.members;
+    float s[4][2][4];
+    uint32_t w[4][4] = {};
+    Turn turn;
+    int key = 0;
+    barrier_wait(at.full, 0);
+    wgmma_fence();
+    start_scores(s, at, 0, q);
     for (; key + kHopperKeys < p.length; key += kHopperKeys) {
-      // What was read last but one is fetched over; by then the other four warps are rarely waited for.
-      const int next = key + kHopperKeys * (grid.stages - 2);
-      if (threadIdx.x == 0 && key >= 2 * kHopperKeys && next < p.length) {
-        const int free = stage >= 2 ? stage - 2 : stage + grid.stages - 2;
-        barrier_wait(at.empty + free, (stage >= 2 ? round : round - 1) & 1);
-        fetch_stage(at, free, next, grid, place);
-      }
-      __syncwarp();
-      barrier_wait(at.full + stage, round & 1);
-      attend<4, true>(at, stage, q, scale, 64, row < p.members, sums, acc);
-      done();
+      fetch_over(at, turn, key, p.length, grid, place);
+      wgmma_wait<0>();
+      if (asks) weigh<4, true, T>(s, scale, 64, sums, acc, w);
+      const int now = turn.stage;
+      turn.next(grid.stages);
+      barrier_wait(at.full + turn.stage, turn.round & 1);
+      wgmma_fence();
+      start_values<4>(acc, w, at, now);
+      start_scores(s, at, turn.stage, q);
+      wgmma_wait<1>();
+      if (block.lane == 0) barrier_arrive(at.empty + now);
     }
-    const int left = p.length - key;
-    barrier_wait(at.full + stage, round & 1);
-    if (left > 48)
-      attend<4, false>(at, stage, q, scale, left, row < p.members, sums, acc);
-    else if (left > 32)
-      attend<3, false>(at, stage, q, scale, left, row < p.members, sums, acc);
-    else if (left > 16)
-      attend<2, false>(at, stage, q, scale, left, row < p.members, sums, acc);
-    else
-      attend<1, false>(at, stage, q, scale, left, row < p.members, sums, acc);
-    done();
+    wgmma_wait<0>();
+    const auto last = [&](auto steps) {
+      constexpr int kSteps = decltype(steps)::value;
+      if (asks) weigh<kSteps, false, T>(s, scale, p.length - key, sums, acc, w);
+      wgmma_fence();
+      start_values<kSteps>(acc, w, at, turn.stage);
+      wgmma_wait<0>();
+    };
+    with_steps(p.length - key, last);
     if (row < p.members) finish_forward(block, row, sums, acc);
   }
 #endif
