@@ -277,7 +277,7 @@ MUTANTS = [
         TILES,
     ),
     Mutant(
-        "CUDA: a group's own class output not kept", LAUNCH, "if (p->stats && keeps)", "if (p->stats && !keeps)", KEPT
+        "CUDA: a group's own class output not kept", LAUNCH, "if (p->stats && outputs)", "if (p->stats && !outputs)", KEPT
     ),
     Mutant(
         "CUDA: a backward without statistics goes on",

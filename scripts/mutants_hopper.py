@@ -11,9 +11,11 @@ TESTS = (
 BACKWARD_TESTS = (
     "tests/test_cuda_hopper_backward.py",
     "-k",
-    "lengths or short or weights or guard or order_of or other or weight_zero or far_below or not_finite",
+    "lengths or short or scales or weights or guard or order_of or other or weight_zero or far_below or not_finite",
 )
-HOPPER, BACKWARD, PTX = (f"csrc/cuda/{name}.cuh" for name in ("hopper", "hopper_backward", "ptx"))
+HOPPER, BACKWARD, CLASS_ROW, PTX = (
+    f"csrc/cuda/{name}.cuh" for name in ("hopper", "hopper_backward", "class_row", "ptx")
+)
 
 
 def mutant(name, before, after, source=HOPPER):
@@ -28,37 +30,45 @@ MUTANTS = [
     # What is asynchronous
     mutant("barriers that copies do not see", "  fence_async();\n", ""),
     mutant(
-        "scores without a fence",
-        "float s[STEPS][2][4], shrink[2];\n  wgmma_fence();\n",
-        "float s[STEPS][2][4], shrink[2];\n",
+        "weights without a fence",
+        "      wgmma_fence();\n      start_values<4>(acc, w, at, now);\n",
+        "      start_values<4>(acc, w, at, now);\n",
     ),
-    mutant("scores not waited for", "k > 0);\n  wgmma_commit();\n  wgmma_wait<0>();\n", "k > 0);\n  wgmma_commit();\n"),
-    mutant("sums not waited for", "true);\n  wgmma_commit();\n  wgmma_wait<0>();\n}", "true);\n  wgmma_commit();\n}"),
+    mutant(
+        "scores not waited for",
+        "      wgmma_wait<0>();\n      if (asks) weigh<4, true, T>",
+        "      if (asks) weigh<4, true, T>",
+    ),
+    mutant(
+        "sums not waited for",
+        "      start_values<kSteps>(acc, w, at, turn.stage);\n      wgmma_wait<0>();\n",
+        "      start_values<kSteps>(acc, w, at, turn.stage);\n",
+    ),
     mutant(
         "keys before they have landed",
-        "      barrier_wait(at.full + stage, round & 1);\n      attend<4, true>",
-        "      attend<4, true>",
+        "      barrier_wait(at.full + turn.stage, turn.round & 1);\n      wgmma_fence();\n",
+        "      wgmma_fence();\n",
     ),
-    mutant(
-        "the last keys before they have landed",
-        "    const int left = p.length - key;\n    barrier_wait(at.full + stage, round & 1);\n",
-        "    const int left = p.length - key;\n",
-    ),
+    mutant("the first keys before they have landed", "    barrier_wait(at.full, 0);\n", ""),
     mutant(
         "parity of the wrong round",
-        "      barrier_wait(at.full + stage, round & 1);\n      attend<4, true>",
-        "      barrier_wait(at.full + stage, 0);\n      attend<4, true>",
+        "      barrier_wait(at.full + turn.stage, turn.round & 1);\n      wgmma_fence();\n",
+        "      barrier_wait(at.full + turn.stage, 0);\n      wgmma_fence();\n",
     ),
     mutant(
-        "a stage fetched over while it is read",
-        "        barrier_wait(at.empty + free, (stage >= 2 ? round : round - 1) & 1);\n",
-        "",
+        "a stage fetched over while it is read", "    barrier_wait(at.empty + free, (turn.round - before) & 1);\n", ""
     ),
-    mutant("a stage waited for in the wrong round", "(stage >= 2 ? round : round - 1) & 1", "round & 1"),
+    mutant("a stage waited for in the wrong round", "(turn.round - before) & 1", "turn.round & 1"),
     mutant(
         "a stage given back before its values are read",
-        "      attend<4, true>(at, stage, q, scale, 64, sums, acc);\n      done();\n",
-        "      const int was = stage;\n      done();\n      attend<4, true>(at, was, q, scale, 64, sums, acc);\n",
+        "      wgmma_wait<1>();\n      if (block.lane == 0) barrier_arrive(at.empty + now);\n",
+        "      if (block.lane == 0) barrier_arrive(at.empty + now);\n",
+    ),
+    mutant(
+        "the class row put together before its parts are there",
+        "  await_kernel_before();\n  const int D = p.head_dim, G = p.groups;\n",
+        "  const int D = p.head_dim, G = p.groups;\n",
+        CLASS_ROW,
     ),
     mutant(
         "four warps too many waited for", "2 * place.tile + 1 < tiles ? kHopperWarps : kHopperWarps / 2", "kHopperWarps"
@@ -116,8 +126,8 @@ MUTANTS = [
     mutant("sums do not shrink", "    sums.total[half] *= shrink[half];\n", ""),
     mutant(
         "weighted sums do not shrink",
-        "acc[c][i] *= shrink[i >> 1];",
-        "acc[c][i] *= shrink[i >> 1] > 2.0f ? 2.0f : 1.0f;",
+        "acc[i >> 2][i & 3] *= shrink[i >> 1 & 1];",
+        "acc[i >> 2][i & 3] *= shrink[i >> 1 & 1] > 2.0f ? 2.0f : 1.0f;",
     ),
     mutant(
         "nothing but -inf so far is NaN", "const float zero = now == -INFINITY ? 0.0f : now;", "const float zero = now;"
@@ -130,18 +140,28 @@ MUTANTS = [
     # Backward: what is asynchronous
     backward(
         "a stage fetched over while it is read",
-        "      barrier_wait(at.empty + free,",
-        "      if (free < 0) barrier_wait(at.empty + free,",
+        "    barrier_wait(at.empty + free,",
+        "    if (free < 0) barrier_wait(at.empty + free,",
+        HOPPER,
     ),
-    backward("a stage waited for in the wrong round", "(stage >= 2 ? round : round - 1) & 1", "round & 1"),
-    backward("rows before they have landed", "    barrier_wait(at.full + stage, round & 1);\n", ""),
+    backward("a stage waited for in the wrong round", "(turn.round - before) & 1", "turn.round & 1", HOPPER),
+    backward("rows before they have landed", "    barrier_wait(at.full + turn.stage, turn.round & 1);\n", ""),
     backward(
-        "parity of the wrong round", "barrier_wait(at.full + stage, round & 1)", "barrier_wait(at.full + stage, 0)"
+        "parity of the wrong round",
+        "barrier_wait(at.full + turn.stage, turn.round & 1)",
+        "barrier_wait(at.full + turn.stage, 0)",
     ),
     backward(
         "a stage given back before it is read",
-        "    step(stage, row);\n    if ((threadIdx.x & 31) == 0) barrier_arrive(at.empty + stage);\n",
-        "    if ((threadIdx.x & 31) == 0) barrier_arrive(at.empty + stage);\n    step(stage, row);\n",
+        "    step(turn.stage, row);\n    if ((threadIdx.x & 31) == 0) barrier_arrive(at.empty + turn.stage);\n",
+        "    if ((threadIdx.x & 31) == 0) barrier_arrive(at.empty + turn.stage);\n    step(turn.stage, row);\n",
+    ),
+    backward("numbers before they are there", "  await_kernel_before();  // the numbers", "  // the numbers"),
+    backward(
+        "the class row put together before its parts are there",
+        "  await_kernel_before();\n  const int D = p.head_dim;\n",
+        "  const int D = p.head_dim;\n",
+        CLASS_ROW,
     ),
     backward(
         "queries' scores not waited for",

@@ -6,7 +6,9 @@
 // ring of stages, whose barriers say what is there (full) and what has been read (empty). Where the whole sequence fits
 // into the stages it stays there and one block has all of its queries. Two blocks share a multiprocessor, so that one's
 // products hide the other's exponentials. One thread of the block asks for copies: a warp for that alone would take the
-// registers from all others.
+// registers from all others. What a stage's values add and the scores of the next stage are asked for in one go.
+//
+// Tried on an H200 without gain: to have the rows of the block that takes this one's place brought into the second cache.
 //
 // The class row is no key of the matrices: it is met first, by ordinary arithmetic, and the online softmax starts from
 // it. So keys are the patches alone, one regular tensor, of which the last block has only as many as there are, rounded
@@ -36,7 +38,6 @@ struct HopperGrid {
   Blocks blocks{0, 0, 0, 0};
   int64_t count = 0;   // of blocks
   int32_t stages = 0;  // in use
-  int32_t ahead = 0;   // blocks that run at a time, where each has a sequence of its own; else 0
 };
 
 // --- shared memory -------------------------------------------------------------------------------------------------
@@ -124,22 +125,6 @@ DEVICE void with_steps(int left, const Call& call) {
     call(std::integral_constant<int, 2>());
   else
     call(std::integral_constant<int, 1>());
-}
-
-// Asks for q, k and v of the sequence that takes this one's place on the multiprocessor: when its block begins they are
-// on their way or there, while the memory would have had a pause.
-template <class T, int D>
-DEVICE void bring_next(const Sequence<T, D, true>& block, const HopperGrid& grid) {
-  const Problem& p = block.p;
-  const uint32_t next = blockIdx.x + grid.ahead;
-  if (!grid.ahead || next >= grid.count) return;
-  const Place at = place_of(grid.blocks, next);
-  const int32_t start = block.first_row(at.group);
-  for (int i = threadIdx.x; i < p.length; i += blockDim.x)
-    for (const Tensor* x : {&p.q, &p.k, &p.v})
-#pragma unroll
-      for (int c = 0; c < D; c += 64)
-        bring_near(row_of(head_of<const T>(*x, at.batch, at.head), *x, start + i * p.sequence.step[0]) + c);
 }
 
 // --- 64 queries ----------------------------------------------------------------------------------------------------
@@ -258,7 +243,6 @@ __global__ void __launch_bounds__(kHopperMost, D <= 64 ? 2 : 1)
   LeftRows<D> q;
   block.load(q, p.q, kHopperQueries * first + 16 * (warp & 3), block.asks());
   if (p.role <= kKey) block.zero(p.out);
-  bring_next(block, grid);
   __syncthreads();
 
   const float scale = p.scale * kLog2e;
@@ -365,9 +349,6 @@ inline bool plan_hopper(const Problem& p, int32_t device, HopperGrid* grid) {
   grid->stages = stages <= kHopperStages ? stages : kHopperStages;
   grid->blocks = Blocks(p.batch, p.groups, stages <= kHopperStages ? 1 : (tiles + 1) / 2, p.heads);
   grid->count = grid->blocks.count;
-  int processors = 0;
-  cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-  grid->ahead = stages <= kHopperStages ? processors * (p.head_dim <= 64 ? 2 : 1) : 0;
   return grid->count <= INT32_MAX;
 }
 

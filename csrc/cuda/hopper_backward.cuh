@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// Backward on compute capability 9.0 of the sequences that stream: the two kernels of streaming_backward.cuh, on the
-// products and copies of hopper.cuh. Four warps are a block and have 64 queries, or keys, as left operands in
+// Backward on compute capability 9.0 of the sequences that stream, and of those of more than 128 members that a block
+// could hold whole: the two kernels of streaming_backward.cuh, on the products and copies of hopper.cuh. Four warps are a block and have 64 queries, or keys, as left operands in
 // registers; three blocks share a multiprocessor. Of each 64 rows that pass by the same panels are right operands of
 // the scores, a row a column, and of the gradients, a row a row.
+//
+// Tried on an H200: the next scores asked for with what a stage adds, 32 keys at a time, was 2 % slower.
 //
 // Member 0 is no matrix row of what passes by: as a key for all queries, then as a query for all keys, it is met first
 // by ordinary arithmetic. No atomics: the same bits at every run.
@@ -19,6 +21,19 @@ struct HopperPlan {
 };
 
 // --- what passes by --------------------------------------------------------------------------------------------------
+
+// step(stage, row) for every 64 rows of the patches
+template <class T, int D, bool NUMBERS, class Step>
+DEVICE void pass_by(const Stages<T, D, NUMBERS>& at, const HopperGrid& grid, const Place& place, int length,
+                    Step step) {
+  Turn turn;
+  for (int row = 0; row < length; row += kHopperKeys, turn.next(grid.stages)) {
+    fetch_over(at, turn, row, length, grid, place);
+    barrier_wait(at.full + turn.stage, turn.round & 1);
+    step(turn.stage, row);
+    if ((threadIdx.x & 31) == 0) barrier_arrive(at.empty + turn.stage);
+  }
+}
 
 // acc += weights of a warp's rows g and g + 8 times one row, given in memory
 template <class T, int N>
@@ -60,32 +75,34 @@ struct HopperQueries {
   float scale, top[2], slope[2], shift[2];
 };
 
-// Starts s and dp of 32 keys of a stage from `first` on, a group of products each.
-template <class T, int D>
-DEVICE void start_keys(float (&s)[2][2][4], float (&dp)[2][2][4], const Stages<T, D>& at, int stage, int first,
-                       const HopperQueries<D>& of) {
-  start_inner(s, of.q, at.keys(stage, 0), first);
-  start_inner(dp, of.dout, at.values(stage, 0), first);
-}
-
-// When these have ended: starts what the keys, of which `exist` do, add to dq.
-template <class T, int D>
-DEVICE void meet_keys(float (&s)[2][2][4], const float (&dp)[2][2][4], const Stages<T, D>& at, int stage, int first,
-                      int exist, const HopperQueries<D>& of, uint32_t (&w)[2][4], float (&dq)[D / 8][4]) {
-  wgmma_wait<0>();
+// acc += the gradients of the scores of 16 STEPS keys of a stage, of which `exist` do, times these keys.
+template <int STEPS, class T, int D>
+DEVICE void meet_keys(const Stages<T, D>& at, int stage, const HopperQueries<D>& of, int exist,
+                      float (&acc)[D / 8][4]) {
+  float s[STEPS][2][4], dp[STEPS][2][4];
+  wgmma_fence();
+  start_inner(s, of.q, at.keys(stage, 0), 0);
+  start_inner(dp, of.dout, at.values(stage, 0), 0);
+  wgmma_wait<1>();
 #pragma unroll
-  for (int i = 0; i < 16; ++i) {
+  for (int i = 0; i < 8 * STEPS; ++i) {
     float& x = s[i >> 3][i >> 2 & 1][i & 3];
     x = ex2(fmaf(x, of.scale, -of.top[i >> 1 & 1]));
-    // not before: what is the least score depends on the sign of the scale
-    if (exist < 32 && 8 * (i >> 2) + 2 * int(threadIdx.x & 3) + (i & 1) >= exist) x = 0;
   }
+  if (exist < 16 * STEPS)  // not before: what is the least score depends on the sign of the scale
 #pragma unroll
-  for (int i = 0; i < 16; ++i)
+    for (int i = 0; i < 8; ++i)
+      if (16 * (STEPS - 1) + 8 * (i >> 2) + 2 * int(threadIdx.x & 3) + (i & 1) >= exist)
+        s[STEPS - 1][i >> 2][i & 3] = 0;
+  wgmma_wait<0>();
+#pragma unroll
+  for (int i = 0; i < 8 * STEPS; ++i)
     s[i >> 3][i >> 2 & 1][i & 3] *= fmaf(dp[i >> 3][i >> 2 & 1][i & 3], of.slope[i >> 1 & 1], -of.shift[i >> 1 & 1]);
+  uint32_t w[STEPS][4];
 #pragma unroll
-  for (int i = 0; i < 2; ++i) pack_weights<T>(w[i], s[i]);
-  start_mix(dq, w, at.keys(stage, 0), first);
+  for (int i = 0; i < STEPS; ++i) pack_weights<T>(w[i], s[i]);
+  start_mix(acc, w, at.keys(stage, 0), 0);
+  wgmma_wait<0>();
 }
 
 // dq and what query_numbers() keeps
@@ -127,26 +144,17 @@ __global__ void __launch_bounds__(kHopperBackThreads, kHopperBackBlocks)
     add_one(dq, s, block.head(p.k));
   }
   __syncthreads();
-  // 32 keys at a time; what they add and the scores of the next are products of one go.
-  float s[2][2][4], dp[2][2][4];
-  uint32_t w[2][4];
-  Turn turn;
-  int key = 0;
-  barrier_wait(at.full, 0);
-  wgmma_fence();
-  start_keys(s, dp, at, 0, 0, of);
-  for (; key + 32 < p.length; key += 32) {
-    const int first = key & 32, now = turn.stage;
-    if (!first) fetch_over(at, turn, key, p.length, grid, place);
-    meet_keys(s, dp, at, now, first, 32, of, w, dq);
-    if (first) turn.next(grid.stages), barrier_wait(at.full + turn.stage, turn.round & 1);
-    wgmma_fence();
-    start_keys(s, dp, at, turn.stage, first ^ 32, of);
-    wgmma_wait<2>();
-    if (first && block.lane == 0) barrier_arrive(at.empty + now);
-  }
-  meet_keys(s, dp, at, turn.stage, key & 32, p.length - key, of, w, dq);
-  wgmma_wait<0>();
+  pass_by(at, grid, place, p.length, [&](int stage, int key) {
+    const int left = p.length - key;
+    if (left > 48)
+      meet_keys<4>(at, stage, of, left, dq);
+    else if (left > 32)
+      meet_keys<3>(at, stage, of, left, dq);
+    else if (left > 16)
+      meet_keys<2>(at, stage, of, left, dq);
+    else
+      meet_keys<1>(at, stage, of, left, dq);
+  });
   float* part = p.role < kPerGroup ? nullptr : p.parts + 3 * part_index(p, place.batch, place.head, place.group) * D;
   block.store(p.dq, row, dq, kOnes, block.asks(), part);
 #endif
@@ -154,21 +162,18 @@ __global__ void __launch_bounds__(kHopperBackThreads, kHopperBackBlocks)
 
 // --- keys ------------------------------------------------------------------------------------------------------------
 
-// Starts s and dp of 32 queries of a stage from `first` on, a group of products each.
+// dk and dv += those of 32 queries of a stage from `first` on, of which `exist` do. What comes of dp is made while the
+// products of dv are under way; the next scores as well would be more than there are registers for.
 template <class T, int D>
-DEVICE void start_queries(float (&s)[2][2][4], float (&dp)[2][2][4], const Stages<T, D, true>& at, int stage, int first,
-                          const LeftRows<D>& k, const LeftRows<D>& v) {
+DEVICE void meet_queries(const Stages<T, D, true>& at, int stage, int first, int exist, const LeftRows<D>& k,
+                         const LeftRows<D>& v, float scale, float (&dk)[D / 8][4], float (&dv)[D / 8][4]) {
+  const float4* numbers = at.numbers(stage) + first + 2 * (threadIdx.x & 3);
+  float s[2][2][4], dp[2][2][4];
+  uint32_t w[2][4], dw[2][4];
+  wgmma_fence();
   start_inner(s, k, at.keys(stage, 0), first);
   start_inner(dp, v, at.values(stage, 0), first);
-}
-
-// When these have ended: starts what the queries, of which `exist` do, add to dv and dk.
-template <class T, int D>
-DEVICE void meet_queries(float (&s)[2][2][4], const float (&dp)[2][2][4], const Stages<T, D, true>& at, int stage,
-                         int first, int exist, float scale, uint32_t (&w)[2][4], float (&dk)[D / 8][4],
-                         float (&dv)[D / 8][4]) {
-  const float4* numbers = at.numbers(stage) + first + 2 * (threadIdx.x & 3);
-  wgmma_wait<0>();
+  wgmma_wait<1>();
 #pragma unroll
   for (int i = 0; i < 8; ++i) {  // columns
     const int column = 8 * (i >> 1) + (i & 1);
@@ -183,7 +188,7 @@ DEVICE void meet_queries(float (&s)[2][2][4], const float (&dp)[2][2][4], const 
 #pragma unroll
   for (int i = 0; i < 2; ++i) pack_weights<T>(w[i], s[i]);
   start_mix(dv, w, at.values(stage, 0), first);
-  wgmma_wait<0>();  // there are no registers for a second set of weights
+  wgmma_wait<1>();
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
     const float delta = numbers[8 * (i >> 1) + (i & 1)].z;
@@ -192,8 +197,9 @@ DEVICE void meet_queries(float (&s)[2][2][4], const float (&dp)[2][2][4], const 
       s[i >> 2][i >> 1 & 1][2 * half + (i & 1)] *= fmaf(dp[i >> 2][i >> 1 & 1][2 * half + (i & 1)], scale, -delta);
   }
 #pragma unroll
-  for (int i = 0; i < 2; ++i) pack_weights<T>(w[i], s[i]);
-  start_mix(dk, w, at.keys(stage, 0), first);
+  for (int i = 0; i < 2; ++i) pack_weights<T>(dw[i], s[i]);
+  start_mix(dk, dw, at.keys(stage, 0), first);
+  wgmma_wait<0>();
 }
 
 // dk and dv, after the kernel of the queries
@@ -228,26 +234,11 @@ __global__ void __launch_bounds__(kHopperBackThreads, kHopperBackBlocks)
     add_one(dk, s, block.head(p.q));
   }
   __syncthreads();
-  // 32 queries at a time; what they add and the scores of the next are products of one go.
-  float s[2][2][4], dp[2][2][4];
-  uint32_t w[2][4];
-  Turn turn;
-  int query = 0;
-  barrier_wait(at.full, 0);
-  wgmma_fence();
-  start_queries(s, dp, at, 0, 0, k, v);
-  for (; query + 32 < p.length; query += 32) {
-    const int first = query & 32, now = turn.stage;
-    if (!first) fetch_over(at, turn, query, p.length, grid, place);
-    meet_queries(s, dp, at, now, first, 32, p.scale, w, dk, dv);
-    if (first) turn.next(grid.stages), barrier_wait(at.full + turn.stage, turn.round & 1);
-    wgmma_fence();
-    start_queries(s, dp, at, turn.stage, first ^ 32, k, v);
-    wgmma_wait<2>();
-    if (first && block.lane == 0) barrier_arrive(at.empty + now);
-  }
-  meet_queries(s, dp, at, turn.stage, query & 32, p.length - query, p.scale, w, dk, dv);
-  wgmma_wait<0>();
+  pass_by(at, grid, place, p.length, [&](int stage, int query) {
+    const int left = p.length - query;
+    meet_queries(at, stage, 0, left, k, v, p.scale, dk, dv);
+    if (left > 32) meet_queries(at, stage, 32, left - 32, k, v, p.scale, dk, dv);
+  });
   float* part = p.role == kNoMember ? nullptr : p.parts + 3 * part_index(p, place.batch, place.head, place.group) * D;
   block.store(p.dk, row, dk, kOnes, 0, part ? part + D : nullptr);
   block.store(p.dv, row, dv, kOnes, 0, part ? part + 2 * D : nullptr);

@@ -173,15 +173,6 @@ DEVICE void await_kernel_before() {
 #endif
 }
 
-// Asks for the line of memory around an address to be brought into the second cache.
-DEVICE void bring_near(const void* p) {
-#ifdef __CUDACC__
-  asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
-#else
-  simt::touch(p);
-#endif
-}
-
 // 16 aligned bytes that nobody writes during the kernel
 DEVICE uint4 load16(const void* p) { return __ldg(static_cast<const uint4*>(p)); }
 // Written as one instruction: the compiler may take an assignment of a uint4 apart.
