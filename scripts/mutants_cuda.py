@@ -277,7 +277,11 @@ MUTANTS = [
         TILES,
     ),
     Mutant(
-        "CUDA: a group's own class output not kept", LAUNCH, "if (p->stats && outputs)", "if (p->stats && !outputs)", KEPT
+        "CUDA: a group's own class output not kept",
+        LAUNCH,
+        "if (p->stats && outputs)",
+        "if (p->stats && !outputs)",
+        KEPT,
     ),
     Mutant(
         "CUDA: a backward without statistics goes on",

@@ -46,7 +46,9 @@ def right(simt, case, q, k, v, dout=None):
 
 @bits16
 @MODES
-@pytest.mark.parametrize("frames", [129, 144, 177, 193, 196, 255, 256, 257, 271, 289, 305, 319, 320, 321, 384, 449, 600])
+@pytest.mark.parametrize(
+    "frames", [129, 144, 177, 193, 196, 255, 256, 257, 271, 289, 305, 319, 320, 321, 384, 449, 600]
+)
 def test_lengths(simt, frames, cls, dtype):
     """What passes by in every part of 64, in fewer stages than there are places and twice around; class rows alone in
     a block; on both sides of what a block of other kernels would hold whole."""

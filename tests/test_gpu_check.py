@@ -524,7 +524,9 @@ def test_checks_fail_by_themselves(gpu, tmp_path, capsys):
 def test_a_sessions_calls_are_compared_and_timed(tmp_path):
     """On tiny models, without a graph."""
     command = [sys.executable, str(GPU / "session.py"), "--cpu", "--json", str(tmp_path / "a.json")]
-    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    done = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     for check in json.loads((tmp_path / "a.json").read_text())["checks"].values():
         assert check["errors"].keys() == check["milliseconds"].keys() and check["milliseconds"]["session"] > 0

@@ -8,7 +8,8 @@
 // products hide the other's exponentials. One thread of the block asks for copies: a warp for that alone would take the
 // registers from all others. What a stage's values add and the scores of the next stage are asked for in one go.
 //
-// Tried on an H200 without gain: to have the rows of the block that takes this one's place brought into the second cache.
+// Tried on an H200 without gain: to have the rows of the block that takes this one's place brought into the second
+// cache.
 //
 // The class row is no key of the matrices: it is met first, by ordinary arithmetic, and the online softmax starts from
 // it. So keys are the patches alone, one regular tensor, of which the last block has only as many as there are, rounded
@@ -99,8 +100,8 @@ struct Turn {
   }
 };
 
-// At the turn of the 64 rows from `row` on: has those fetched that go where the last but one were. By now all warps have
-// read these, but for a few that are rarely waited for.
+// At the turn of the 64 rows from `row` on: has those fetched that go where the last but one were. By now all warps
+// have read these, but for a few that are rarely waited for.
 template <class T, int D, bool NUMBERS>
 DEVICE void fetch_over(const Stages<T, D, NUMBERS>& at, const Turn& turn, int row, int length, const HopperGrid& grid,
                        const Place& place) {
@@ -199,8 +200,7 @@ DEVICE void start_scores(float (&s)[4][2][4], const Stages<T, D>& at, int stage,
 
 // The scores of 16 STEPS keys, of which `exist` do, into weights, and the sums so far made to fit them.
 template <int STEPS, bool ALL, class T, int N>
-DEVICE void weigh(float (&s)[4][2][4], float scale, int exist, RowSums& sums, float (&acc)[N][4],
-                  uint32_t (&w)[4][4]) {
+DEVICE void weigh(float (&s)[4][2][4], float scale, int exist, RowSums& sums, float (&acc)[N][4], uint32_t (&w)[4][4]) {
   float shrink[2];
   if constexpr (!ALL) {
     const int t = threadIdx.x & 3;

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Backward on compute capability 9.0 of the sequences that stream, and of those of more than 128 members that a block
-// could hold whole: the two kernels of streaming_backward.cuh, on the products and copies of hopper.cuh. Four warps are a block and have 64 queries, or keys, as left operands in
-// registers; three blocks share a multiprocessor. Of each 64 rows that pass by the same panels are right operands of
-// the scores, a row a column, and of the gradients, a row a row.
+// could hold whole: the two kernels of streaming_backward.cuh, on the products and copies of hopper.cuh. Four warps are
+// a block and have 64 queries, or keys, as left operands in registers; three blocks share a multiprocessor. Of each 64
+// rows that pass by the same panels are right operands of the scores, a row a column, and of the gradients, a row a
+// row.
 //
 // Tried on an H200: the next scores asked for with what a stage adds, 32 keys at a time, was 2 % slower.
 //

@@ -22,15 +22,15 @@
 #define LAUNCH(kernel, blocks, threads, shared_bytes, stream, ...) \
   (kernel)<<<(blocks), (threads), (shared_bytes), (stream)>>>(__VA_ARGS__)
 // A kernel that calls await_kernel_before() may start while the one before it on the stream ends.
-#define LAUNCH_BEHIND(kernel, blocks, threads, shared_bytes, stream, ...)            \
-  [&] {                                                                              \
-    cudaLaunchAttribute early{};                                                     \
-    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;                   \
-    early.val.programmaticStreamSerializationAllowed = 1;                            \
-    cudaLaunchConfig_t how{};                                                        \
+#define LAUNCH_BEHIND(kernel, blocks, threads, shared_bytes, stream, ...)                    \
+  [&] {                                                                                      \
+    cudaLaunchAttribute early{};                                                             \
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;                           \
+    early.val.programmaticStreamSerializationAllowed = 1;                                    \
+    cudaLaunchConfig_t how{};                                                                \
     how.gridDim = (blocks), how.blockDim = (threads), how.dynamicSmemBytes = (shared_bytes); \
-    how.stream = (stream), how.attrs = &early, how.numAttrs = 1;                     \
-    return cudaLaunchKernelEx(&how, (kernel), __VA_ARGS__);                          \
+    how.stream = (stream), how.attrs = &early, how.numAttrs = 1;                             \
+    return cudaLaunchKernelEx(&how, (kernel), __VA_ARGS__);                                  \
   }()
 #else
 #include "simt.h"

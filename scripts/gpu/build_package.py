@@ -61,7 +61,9 @@ def main() -> int:
     report = info()
     checks.facts["info"] = report and {key: value for key, value in report.items() if key != "location"}
     library = report["libraries"]["_cpu"] if report else {"ok": False, "reason": "the package does not import"}
-    checks.add("native library", usable(report, "_cpu"), library["reason"] or ("stale" if library.get("stale") else "ok"))
+    checks.add(
+        "native library", usable(report, "_cpu"), library["reason"] or ("stale" if library.get("stale") else "ok")
+    )
     device = "cpu" if args.cpu else "cuda"
     reason = report["backends"][device]["bfloat16"]["triton"] if report else "the package does not import"
     checks.add("triton backend", reason is None, reason or "can run")

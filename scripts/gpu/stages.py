@@ -229,5 +229,7 @@ STAGES = (
     stage("peers", "largest batch of each peer, and why not more", "12 0 12", PEERS, findings.largest),
     stage("resources", "registers, spills, shared memory", "10 0 16", resources, findings.resources, "scripts"),
     stage("all-peers", "the long list of shapes and peers: with --only", "0 0 10", ALL, findings.bench),
-    stage("tests-rest", "other tests that ask for a GPU", "28 0 22", other_tests, findings.tests, "tests", "benchmarks"),
+    stage(
+        "tests-rest", "other tests that ask for a GPU", "28 0 22", other_tests, findings.tests, "tests", "benchmarks"
+    ),
 )

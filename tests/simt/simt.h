@@ -168,7 +168,8 @@ void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, A... arg
   awaited = 0;
   try {
     run(grid, block, shared);
-    need(!waits || awaited == int64_t(grid.x) * grid.y * grid.z * int64_t(threads), "not every thread awaits the kernel before");
+    need(!waits || awaited == int64_t(grid.x) * grid.y * grid.z * int64_t(threads),
+         "not every thread awaits the kernel before");
   } catch (const std::exception& e) {
     error(cudaErrorLaunchFailure, std::string("simt: ") + e.what());
   }
