@@ -165,11 +165,14 @@ int32_t fail(int32_t status, const char* format, Args... args) {
   return status;
 }
 
-// Whether the current device lets a kernel start before the one before it has ended, from compute capability 9.0 on.
-inline bool starts_early() {
-  int device = 0, major = 0;
-  if (cudaGetDevice(&device) == cudaSuccess) cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  return major >= 9;
+// Whether a kernel may start on the current device before the one before it has ended: where it was compiled for
+// compute capability 9.0 or later. Code for an older one that the driver has translated for this device does not wait.
+template <class Kernel>
+bool starts_early(Kernel kernel) {
+  cudaFuncAttributes attributes{};
+  if (cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess) return attributes.ptxVersion >= 90;
+  cudaGetLastError();  // the launch will say what is wrong
+  return false;
 }
 
 // Queues a kernel of a Problem and its Blocks, or a grid of its own. behind: it calls await_kernel_before(). Returns
@@ -179,7 +182,7 @@ int32_t launch(const char* name, void (*kernel)(Problem, Grid), const Problem& p
                int shared_bytes, cudaStream_t stream, bool behind = false) {
   if (blocks.count > INT32_MAX) return fail(TSK_INVALID, "%s: more than 2^31 - 1 blocks", name);
   if (blocks.count == 0) return TSK_OK;
-  if (behind && starts_early())
+  if (behind && starts_early(kernel))
     LAUNCH_BEHIND(kernel, unsigned(blocks.count), unsigned(threads), size_t(shared_bytes), stream, p, blocks);
   else
     LAUNCH(kernel, unsigned(blocks.count), unsigned(threads), size_t(shared_bytes), stream, p, blocks);

@@ -22,7 +22,7 @@ from timesformer.inference import Session
 
 
 def hugging_face(net: TimeSformer, cpu: bool):
-    """Their model around the same parameters, with SDPA and without; None where it is not installed."""
+    """Their model around the same parameters, with SDPA and without; none where it is not installed."""
     try:
         from transformers import TimesformerConfig, TimesformerForVideoClassification
     except ImportError:

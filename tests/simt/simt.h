@@ -116,7 +116,7 @@ enum cudaDeviceAttr {
 };
 struct cudaFuncAttributes {
   size_t sharedSizeBytes;
-  int numRegs, maxDynamicSharedSizeBytes, binaryVersion, maxThreadsPerBlock;
+  int numRegs, maxDynamicSharedSizeBytes, ptxVersion, binaryVersion, maxThreadsPerBlock;
 };
 #define CUDART_VERSION 13000
 enum cudaDriverEntryPointQueryResult { cudaDriverEntryPointSuccess = 0, cudaDriverEntryPointSymbolNotFound = 1 };
@@ -218,7 +218,7 @@ template <class K>
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* a, K*) {
   if (simt::fail_next == cudaErrorNoKernelImageForDevice)
     return simt::error(cudaError_t(std::exchange(simt::fail_next, 0)), "made to fail");
-  *a = {0, 32, simt::kSharedDefault, simt::capability, simt::kernel_threads};
+  *a = {0, 32, simt::kSharedDefault, simt::capability, simt::capability, simt::kernel_threads};
   return cudaSuccess;
 }
 inline cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void** found, unsigned, unsigned long long,
