@@ -308,7 +308,7 @@ def test_saved_for_the_backward(kernels):
     """LayerNorm keeps the sum it returns and GELU its operand: no statistics, no mask, no normalised rows."""
     x, branch, weight, bias = [t.requires_grad_() for t in operands(kernels, 2, 3, 8)]
     saved = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t.detach(), lambda t: t):
         total, _ = add_layer_norm(x, branch, weight, bias, skip_cls=True, backend=kernels)
         assert {t.data_ptr() for t in saved} == {total.data_ptr(), weight.data_ptr()}
         saved.clear()

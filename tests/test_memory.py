@@ -30,7 +30,7 @@ def kept(call, *known):
         storage = x.untyped_storage()
         if storage.data_ptr() not in skip:
             found[storage.data_ptr()] = storage.nbytes()
-        return x
+        return x.detach()  # a node that keeps its own result would never be freed
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         out = call()  # alive until the end

@@ -380,7 +380,7 @@ def test_double_backward_is_refused(keeper):
 
 def saved_for_backward(f, *x):
     saved = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t.detach(), lambda t: t):
         f(*(t.detach().requires_grad_() for t in x))
     return saved
 

@@ -62,7 +62,9 @@ def saved_bytes(task: Task) -> int:
         storage = x.untyped_storage()
         if storage.data_ptr() not in known:
             kept[storage.data_ptr()] = storage.nbytes()
-        return x
+        # Not x: a node whose result keeps the node would never be freed, and its graph would keep the parameters'
+        # accumulators, whose stream (that of the call that made them) a capture on another stream may not touch.
+        return x.detach()
 
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         out = task.run(*leaves)  # alive until the end: an address freed and used again would count once for two
