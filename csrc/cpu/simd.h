@@ -68,7 +68,7 @@ using Compute = typename ComputeOf<T>::C;
 
 template <class C>
 TSK_INLINE Vec<C> splat(C x) {
-  return Vec<C>{} + x;
+  return x - Vec<C>{};  // which is x, and so no instruction; 0 + x is not where x is -0
 }
 template <class C>
 TSK_INLINE Vec<C> load(const C* p) {
