@@ -23,6 +23,32 @@ ENGINES = [
 ]
 
 
+def round_dots_once():
+    """Products of Triton's interpreter in float64, rounded once, whatever the CPU.
+
+    They are numpy's, and its BLAS sums float32 in an order that depends on the instruction set: with AVX2 alone, unlike
+    with AVX-512, forward and backward saw scores whose last bits differed, and of logits near overflow these decide.
+    """
+    try:
+        import numpy as np
+        from triton.runtime import interpreter
+    except ImportError:
+        return
+    plain = interpreter.InterpreterBuilder.create_dot
+
+    def create_dot(self, a, b, d, *options):
+        if d.data.dtype != np.float32 or a.data.dtype != np.float32 or b.data.dtype != np.float32:
+            return plain(self, a, b, d, *options)
+        product = np.matmul(a.data.astype(np.float64), b.data.astype(np.float64)).astype(np.float32)
+        return interpreter.TensorHandle(product + d.data, d.dtype.scalar)
+
+    interpreter.InterpreterBuilder.create_dot = create_dot
+
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    round_dots_once()
+
+
 def pytest_configure(config):
     config.addinivalue_line(
         "markers",
