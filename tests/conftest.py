@@ -26,8 +26,9 @@ ENGINES = [
 def round_dots_once():
     """Products of Triton's interpreter in float64, rounded once, whatever the CPU.
 
-    They are numpy's, and its BLAS sums float32 in an order that depends on the instruction set: with AVX2 alone, unlike
-    with AVX-512, forward and backward saw scores whose last bits differed, and of logits near overflow these decide.
+    They are numpy's, and its BLAS sums float32 in an order that depends on the instruction set. With AVX2 (or
+    OPENBLAS_CORETYPE=Haswell) a product and that of the transposed factors differ in their last bits, with older ones
+    they do not, and of logits near overflow the last bit decides. A GPU's products are tested on a GPU.
     """
     try:
         import numpy as np
