@@ -132,8 +132,8 @@ def make_qkv(batch, tokens, heads=2, head_dim=8, dtype=torch.float32, *, seed=0,
     elif kind == "one-hot":
         hot = torch.nn.functional.one_hot(packed.argmax(-1), head_dim)
         packed = hot.to(packed.dtype) * 4
-    elif kind == "near-overflow":  # |q . k| stays just below 65504, the largest fp16
-        packed[:, :, :2] = packed[:, :, :2].sign() * (6.0e4 / head_dim) ** 0.5
+    elif kind == "near-overflow":  # |q . k| stays just below 65504, the largest fp16; integers, summed without error
+        packed[:, :, :2] = packed[:, :, :2].sign() * int((6.0e4 / head_dim) ** 0.5)
         packed[:, :, 2] *= 1000
     elif kind != "random":
         raise ValueError(f"kind: got {kind!r}")

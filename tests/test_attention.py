@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """out, dq, dk and dv of every backend and instruction set against the float64 oracle, by the rule of oracle.py."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from oracle import (
@@ -130,6 +132,8 @@ def test_class_row_of_long_grids(engine, frames, cls, dtype):
     ids=str,
 )
 def test_hard_inputs(engine, case, kind, dtype):
+    if kind == "near-overflow":  # an exact scale: else rounding decides between equal scores, elsewhere otherwise
+        case = replace(case, scale=0.25)
     check(run(case, engine), *case.qkv(engine, 1, 2, 20, dtype, kind=kind), case)  # 16 equal terms sum without error
 
 
