@@ -8,6 +8,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # must precede the first import of triton
 
+import interpreter
 import pytest
 from arena import poisoned, unpoisoned
 from cuda_sim import library, simt  # noqa: F401
@@ -15,39 +16,14 @@ from oracle import device_of
 
 from timesformer_kernels import available_backends, native, registry
 
+interpreter.prepare()
+
 ISAS = tuple(native.isas())
 # The C++ backend once per instruction set that this chip runs; every other backend once.
 ENGINES = [
     *(("cpp", isa) for isa in ISAS if "cpp" in available_backends()),
     *((name, None) for name in available_backends() if name != "cpp"),
 ]
-
-
-def round_dots_once():
-    """Products of Triton's interpreter in float64, rounded once, whatever the CPU.
-
-    They are numpy's, and its BLAS sums float32 in an order that depends on the instruction set. With AVX2 (or
-    OPENBLAS_CORETYPE=Haswell) a product and that of the transposed factors differ in their last bits, with older ones
-    they do not, and of logits near overflow the last bit decides. A GPU's products are tested on a GPU.
-    """
-    try:
-        import numpy as np
-        from triton.runtime import interpreter
-    except ImportError:
-        return
-    plain = interpreter.InterpreterBuilder.create_dot
-
-    def create_dot(self, a, b, d, *options):
-        if d.data.dtype != np.float32 or a.data.dtype != np.float32 or b.data.dtype != np.float32:
-            return plain(self, a, b, d, *options)
-        product = np.matmul(a.data.astype(np.float64), b.data.astype(np.float64)).astype(np.float32)
-        return interpreter.TensorHandle(product + d.data, d.dtype.scalar)
-
-    interpreter.InterpreterBuilder.create_dot = create_dot
-
-
-if os.environ.get("TRITON_INTERPRET") == "1":
-    round_dots_once()
 
 
 def pytest_configure(config):
