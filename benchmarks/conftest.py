@@ -186,7 +186,8 @@ def measure(request, benchmark, compare, measured):
         def candidates():
             if group in measured and row in measured[group][1]:  # timed with the others: not all of them once more
                 return {row: problem.timed(row, direction)}
-            return usable(problem, direction, peers.all_rows(request.config, problem.shape))
+            every = problem.rows(peers.all_rows(request.config, problem.shape))
+            return usable(problem, direction, [row] if benchmark.disabled else every)
 
         return compare(
             row,
@@ -202,10 +203,10 @@ def measure(request, benchmark, compare, measured):
     return run
 
 
-def usable(problem, direction, full: bool) -> dict[str, Timed]:
-    """The rows that run; one that does not says so in its own test."""
+def usable(problem, direction, rows) -> dict[str, Timed]:
+    """Those of the rows that run; one that does not says so in its own test."""
     calls = {}
-    for row in problem.rows(full):
+    for row in rows:
         if problem.why_not(row) is None:
             try:
                 call = problem.timed(row, direction)

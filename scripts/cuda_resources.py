@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 SOURCE = Path(__file__).resolve().parents[1] / "csrc/cuda/launch.cu"
@@ -175,7 +176,7 @@ def build(nvcc: str, nvdisasm: str | None, arch: str, source: Path = SOURCE) -> 
             raise RuntimeError(said.strip())
         kernels, listing = read_assembler(said), {}
         if nvdisasm:
-            text = subprocess.run([nvdisasm, "-c", cubin], capture_output=True, text=True, check=True).stdout
+            text = subprocess.run([nvdisasm, "-c", "-ndf", cubin], capture_output=True, text=True, check=True).stdout
             listing = read_listing(text)
     reports = []
     for symbol, usage in kernels.items():
@@ -186,6 +187,21 @@ def build(nvcc: str, nvdisasm: str | None, arch: str, source: Path = SOURCE) -> 
         reports.append({**report, "problems": judge(report)})
     reports.sort(key=lambda r: (r["kernel"], [str(a).rjust(4) for a in r["arguments"]]))
     return reports, "\n".join(line for line in said.splitlines() if "warning" in line.lower())
+
+
+def builds(nvcc: str, nvdisasm: str | None, arches):
+    """(reports, warnings, seconds) of each architecture, as many at once as there are cores; (None, errors, seconds)."""
+
+    def timed(arch):
+        start = time.perf_counter()
+        try:
+            found, said = build(nvcc, nvdisasm, arch)
+        except RuntimeError as error:
+            found, said = None, str(error)
+        return found, said, time.perf_counter() - start
+
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        yield from pool.map(timed, arches)
 
 
 def line(report: dict) -> str:
@@ -217,18 +233,15 @@ def main() -> int:
     if nvdisasm is None:
         print("no nvdisasm: instructions are not counted")
     reports, failed = [], 0
-    for arch in options.arch:
-        start = time.perf_counter()
-        try:
-            found, warnings = build(nvcc, nvdisasm, arch)
-        except RuntimeError as error:
-            print(f"sm_{arch}: {error}")
+    for arch, (found, warnings, seconds) in zip(options.arch, builds(nvcc, nvdisasm, options.arch), strict=True):
+        if found is None:
+            print(f"sm_{arch}: {warnings}")
             failed += 1
             continue
         if warnings:
             print(warnings)
             failed += 1
-        print(f"sm_{arch}: {len(found)} kernels in {time.perf_counter() - start:.0f} s", flush=True)
+        print(f"sm_{arch}: {len(found)} kernels in {seconds:.0f} s", flush=True)
         for report in found:
             if report["kernel"].startswith(tuple(options.kernel)):
                 print(line(report), flush=True)

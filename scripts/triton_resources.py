@@ -13,6 +13,7 @@ the loads from global memory, matrix instructions, and for kernels without a loo
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
 import math
@@ -92,13 +93,15 @@ def source(kernel, args) -> ASTSource:
     return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
 
 
+@functools.cache  # of neighbouring shapes many kernels are the same, and disassembling takes as long as compiling
 def read_cubin(cubin: bytes) -> dict:
     """What `read_listing` finds in a compiled kernel."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         usage = subprocess.check_output([TOOLS / "cuobjdump", "--dump-resource-usage", file.name], text=True)
-        listing = subprocess.check_output([TOOLS / "nvdisasm", file.name], text=True, stderr=subprocess.DEVNULL)
+        disassemble = [TOOLS / "nvdisasm", "--print-code", "--no-dataflow", file.name]
+        listing = subprocess.check_output(disassemble, text=True, stderr=subprocess.DEVNULL)
     return read_listing(usage, listing)
 
 
@@ -214,7 +217,7 @@ def main() -> int:
     print(f"triton {triton.__version__}, {len(work)} shapes", flush=True)
     reports = []
     with ProcessPoolExecutor(options.workers) as pool:
-        for batch in pool.map(build, work):
+        for batch in pool.map(build, work, chunksize=len(CASES + OTHERS)):  # what differs in length only, in one process
             for report in batch:
                 print(line(report), flush=True)
                 reports.append(report)
