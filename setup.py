@@ -215,8 +215,10 @@ class NinjaBuildExt(build_ext):
 
     def run(self):
         want, workers, temp = cuda_wanted(), jobs(), Path(self.build_temp).resolve()
-        cpu = self.attempt(CPU_LIBRARY, lambda library: build_cpu(library, temp / "cpu", workers))
         nvcc = find_nvcc() if want != "0" else None
+        if want == "1" and not nvcc:  # said before anything is compiled
+            raise CompileError(f"{CUDA_LIBRARY} cannot be built: {NO_NVCC}")
+        cpu = self.attempt(CPU_LIBRARY, lambda library: build_cpu(library, temp / "cpu", workers))
         if nvcc:
             cuda = self.attempt(CUDA_LIBRARY, lambda library: build_cuda(nvcc, library, temp / "cuda", workers))
         else:

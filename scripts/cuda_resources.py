@@ -190,7 +190,7 @@ def build(nvcc: str, nvdisasm: str | None, arch: str, source: Path = SOURCE) -> 
 
 
 def builds(nvcc: str, nvdisasm: str | None, arches):
-    """(reports, warnings, seconds) of each architecture, as many at once as there are cores; (None, errors, seconds)."""
+    """(reports, warnings, seconds) of each architecture, one to a core; (None, errors, seconds) where it fails."""
 
     def timed(arch):
         start = time.perf_counter()

@@ -217,7 +217,7 @@ def main() -> int:
     print(f"triton {triton.__version__}, {len(work)} shapes", flush=True)
     reports = []
     with ProcessPoolExecutor(options.workers) as pool:
-        for batch in pool.map(build, work, chunksize=len(CASES + OTHERS)):  # what differs in length only, in one process
+        for batch in pool.map(build, work, chunksize=len(CASES + OTHERS)):  # one process where only the length differs
             for report in batch:
                 print(line(report), flush=True)
                 reports.append(report)
