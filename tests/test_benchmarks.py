@@ -131,6 +131,18 @@ def test_the_report_of_a_real_file(tiny):
     )
 
 
+def test_the_profile_of_a_forward(tmp_path):
+    out = tmp_path / "profile.json"
+    run = python("benchmarks/profile_model.py", "--img-size", "32", "--frames", "2", "--out", out)
+    assert run.returncode == 0, run.stderr
+    found = json.loads(out.read_text())
+    parts = dict(found["ms"])
+    whole = parts.pop("forward")
+    assert parts.keys() == {"products", "bias copies", "rest"} and all(0 < part < whole for part in parts.values())
+    assert sum(parts.values()) == pytest.approx(whole, abs=0.1)
+    assert found["threads"] == 1 and str(tmp_path) not in out.read_text() and "profile.json" in found["command"]
+
+
 # --- the package below: timesformer.benchmarking ---------------------------------------------------------------------
 
 
