@@ -7,8 +7,6 @@ into every row of the result; the rest is our kernels, which the profiler does n
 
 import argparse
 import json
-import shlex
-import sys
 from datetime import date
 from pathlib import Path
 
@@ -58,8 +56,8 @@ def main() -> None:
     found = {**facts("cpu"), **shape, "ms": measure(options.img_size, options.frames), "date": f"{date.today()}"}
     print(json.dumps(found["ms"]))
     if options.out:
-        arguments = [word.rpartition("/")[2] for word in sys.argv[1:]]
-        found["command"] = shlex.join(["python", "benchmarks/profile_model.py", *arguments])
+        sizes = f"--img-size {options.img_size} --frames {options.frames} --threads {options.threads}"
+        found["command"] = f"python benchmarks/profile_model.py {sizes}"
         options.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
