@@ -5,7 +5,7 @@
 #include <stdint.h>
 
 #define TSK_API extern "C" __attribute__((visibility("default")))
-#define TSK_ABI_VERSION 3
+#define TSK_ABI_VERSION 4
 #define TSK_MAX_AXES 3
 
 enum TskDtype : int32_t { TSK_F32 = 0, TSK_BF16 = 1, TSK_F16 = 2, TSK_F64 = 3 };
@@ -39,6 +39,7 @@ struct TskAttention {
   int64_t batch, tokens, heads, head_dim;
   double scale;              // of the scores
   const float* cls_weights;  // [B, G] contiguous, weight of each group's class output; null: 1 / G
+  const void* q_bias;        // [H, D] contiguous, added to every query; null: none. Forward on the CPU alone
   void* workspace;           // tsk_attn_workspace() or tsk_cuda_workspace() bytes, 64-byte aligned
   float* stats;         // CUDA: [B, H, G, M, 2] contiguous, each row's largest score and the sum of exp(score - it),
                         // M members of a sequence; forward: written, backward: read; null: not kept. Behind them
@@ -67,9 +68,11 @@ struct TskStepCall {
   TskRows x, branch;          // branch.data null: none
   TskRows dout, dsum;         // dsum.data null: none
   const void *weight, *bias;  // [D]
+  const void* branch_bias;    // [D] of dtype, added to every branch row; null: none. Forward alone
   const float* row_scale;     // factor of each branch row; null: 1
   int64_t scale_batch, scale_token;
-  void *sum, *out;        // [B, S, D]; sum null without a branch
+  void *sum, *out;        // [B, S, D]; sum null without a branch. Forward: sum may be x, and out may be x or branch,
+                          // where these are contiguous and of its dtype
   void *dx, *dbranch;     // [B, S, D]; dbranch null: not wanted
   void *dweight, *dbias;  // [D]
   void* workspace;        // tsk_step_workspace() bytes, 64-byte aligned

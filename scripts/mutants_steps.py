@@ -77,7 +77,7 @@ MUTANTS = [
         "(variance < 0 ? 0 : variance) + 1e-6)",
         HARD,
     ),
-    Mutant("steps: branch not scaled", STEPS, "how.load(branch + i) * scale;", "how.load(branch + i);", VALUES),
+    Mutant("steps: branch not scaled", STEPS, "how.load(x + i) + b * scale;", "how.load(x + i) + b;", VALUES),
     Mutant(
         "steps: the skipped row sums its branch",
         STEPS,
@@ -88,7 +88,7 @@ MUTANTS = [
     Mutant(
         "steps: the skipped row's sum not written",
         STEPS,
-        "if (f.c.branch.data) memcpy(sum, x, D * sizeof(T));",
+        "if (f.c.branch.data && sum != x) memcpy(sum, x, D * sizeof(T));",
         "",
         CLASS_ROW,
     ),

@@ -22,6 +22,7 @@ from mutants import MUTANTS, TILE_ATTENTION, TILES
 from mutants_choice import MUTANTS as CHOICE
 from mutants_cuda import MUTANTS as CUDA
 from mutants_hopper import MUTANTS as HOPPER
+from mutants_inplace import MUTANTS as INPLACE
 from mutants_model import MUTANTS as MODEL
 from mutants_steps import MUTANTS as STEPS
 from mutants_triton import MUTANTS as TRITON
@@ -125,7 +126,7 @@ def main():
     parser.add_argument("--list", action="store_true", help="print the mutants and check their patterns, run nothing")
     parser.add_argument("--isa", default="baseline", choices=FLAGS, help="instruction set to compile for")
     options = parser.parse_args()
-    chosen = (*MUTANTS, *CHOICE, *TRITON, *CUDA, *HOPPER, *MODEL, *STEPS, *USERS)
+    chosen = (*MUTANTS, *CHOICE, *TRITON, *CUDA, *HOPPER, *INPLACE, *MODEL, *STEPS, *USERS)
     mutants = [m for m in chosen if options.only in m.name or options.only in m.file]
     stale = check_patterns(mutants)
     if options.isa != "amx" and not options.list:

@@ -29,7 +29,7 @@ from oracle import (
     with_weights,
 )
 
-from timesformer_kernels import grid_attention, native_cuda
+from timesformer_kernels import grid_attention, native, native_cuda
 from timesformer_kernels.backends import cuda
 
 NO_KERNEL_IMAGE, LAUNCH_FAILURE = 209, 719  # cudaError_t
@@ -343,7 +343,7 @@ def test_why_not_of_a_device(library):
     assert library.why_not(0) is None
 
 
-def test_bad_calls_are_refused_by_the_library(simt, tmp_path):
+def test_bad_calls_are_refused_by_the_library(simt, tmp_path, monkeypatch):
     case = Case("time", (1, 2, 8), "exclude")
     view = view_of(case)
     q = torch.zeros(1, 17, 2, 32)
@@ -360,6 +360,10 @@ def test_bad_calls_are_refused_by_the_library(simt, tmp_path):
         attend(sparse.as_strided((1, 2, 1, 8), (1, 2**31, 1, 1)), view_of(Case("time", (1, 1, 1), "exclude")))
     with pytest.raises(RuntimeError, match='mode "global" needs the forward\'s result and statistics'):
         attend(q, view_of(replace(case, cls="global")), grads=(q, out, out, out))
+    params = native.params
+    monkeypatch.setattr(native, "params", lambda *args: params(*args[:6], q.data_ptr(), *args[7:]))
+    with pytest.raises(RuntimeError, match="q_bias is given"):
+        attend(q)
 
 
 def test_why_not():

@@ -114,9 +114,10 @@ def sanitizer_cases():
         axes = [[*pairs, *[(1, 0)] * (3 - len(pairs))] for pairs in (view.groups, view.sequence)]
         numbers = [n for pairs in axes for pair in pairs for n in pair]
         for code in codes.values():
-            for weights in {0, int(case.cls == "per_group")}:
+            for weights, biased in {(0, 0), (0, 1), (int(case.cls == "per_group"), 0)}:
                 cls = grid.CLS_MODES.index(case.cls)
-                yield " ".join(map(str, ["attention", code, cls, weights, 2, case.tokens, 2, head_dim, *numbers]))
+                sizes = weights, biased, 2, case.tokens, 2, head_dim
+                yield " ".join(map(str, ["attention", code, cls, *sizes, *numbers]))
 
 
 def sanitizer_steps():

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from timesformer import TimeSformer, inference
 from timesformer.inference import Session
+from timesformer.inplace import InPlace
 
 SHAPES = [(2, 3, 4, 32, 32), (1, 3, 3, 16, 24)]
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
@@ -169,6 +170,7 @@ def test_out_of_memory_is_torchs_own_error(generator, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(mlp, "forward", full)
+        patch.setattr(InPlace, "_mlp", full)
         for call in (lambda: session(video), lambda: Session(model, SHAPES)):
             with pytest.raises(torch.OutOfMemoryError, match="no memory left"):
                 call()

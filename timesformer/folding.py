@@ -16,7 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .inplace import InPlace, in_place
 from .layers import hooked, hooked_everywhere, plain, watched
+from .stream import Stream
 
 
 def fold(proj: nn.Linear, fc: nn.Linear, with_bias: bool = True) -> tuple[Tensor, Tensor]:
@@ -73,9 +75,10 @@ class Folded:
         if refusal(block) is None:
             with torch.no_grad():
                 self._form = _form(block)
+                self._in_place = in_place(self._form)
 
-    def serving(self, block: nn.Module) -> nn.Module:
-        """The folded form where it serves now, else the block itself."""
+    def serving(self, block: nn.Module, stream: Stream) -> nn.Module | InPlace:
+        """What serves the stream now: the folded form, on a CPU in place, or the block itself."""
         if torch.is_grad_enabled() or block.training or torch.compiler.is_compiling() or hooked_everywhere():
             return block
         seen = False
@@ -83,8 +86,13 @@ class Folded:
             seen = seen or watched(m)
             if m._modules != children or _changed(m._parameters, held):
                 self._make(block)
-                return self.serving(block)
-        return block if seen or self._form is None else self._form
+                return self.serving(block, stream)
+        if seen or self._form is None:
+            return block
+        if self._in_place is not None and self._in_place.serves(stream.x, block.backend):
+            return self._in_place
+        self._form.backend = block.backend
+        return self._form
 
 
 def _part(m: nn.Module) -> tuple:

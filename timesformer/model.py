@@ -268,8 +268,9 @@ class TimeSformer(nn.Module):
         The parameters stay as they are (the products take 11 / 19 of a divided block's weights again): state_dict,
         saved files and copies are those of the unfused model, training and autograd never use the products, and a
         parameter that changes makes them anew. Without this call `proj` and `temporal_fc` are still applied as one
-        wherever that pays. Raises RuntimeError that names the module which cannot be folded and why, and leaves the
-        model as it is.
+        wherever that pays. On a CPU the products leave their biases to the steps between them, and all blocks share
+        the same memory (`inplace`). Raises RuntimeError that names the module which cannot be folded and why, and
+        leaves the model as it is.
         """
         for i, block in enumerate(self.blocks):
             if not mergeable(block):
@@ -332,7 +333,7 @@ class TimeSformer(nn.Module):
                 run = partial(block, frames=frames, class_row_only=class_row_only)
                 stream = Stream(segment(True, run, stream.sum(), random=True))
             elif mergeable(block):  # its last sum merges with the first LayerNorm of the next block
-                serving = block if self._folded is None else self._folded[i].serving(block)
+                serving = block if self._folded is None else self._folded[i].serving(block, stream)
                 serving.run(stream, frames, class_row_only)
             else:
                 stream = Stream(block(stream.sum(), frames, class_row_only))

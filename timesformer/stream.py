@@ -16,7 +16,7 @@ from .recompute import Source
 
 
 class Stream:
-    """x [B, S, D] and a branch that is not added to it yet: the sum is x + row_scale * branch.
+    """x [B, S, D] and a branch that is not added to it yet: the sum is x + row_scale * (branch + bias).
 
     A step takes the LayerNorm of the sum and leaves its own branch behind, so that sum and LayerNorm are one pass,
     within a block and from block to block. The stream changes in place: no frame up the stack keeps what is spent.
@@ -27,17 +27,30 @@ class Stream:
         self.x, self.sources = x, sources and torch.is_grad_enabled()
         self.branch: Tensor | None = None
         self.row_scale: Tensor | None = None
+        self.bias: Tensor | None = None
         self.skip_cls = False
+        self.memory = None  # of `inplace`, which x and branch may lie in
 
-    def add(self, branch: Tensor, row_scale: Tensor | None = None, skip_cls: bool = False) -> None:
+    def add(
+        self, branch: Tensor, row_scale: Tensor | None = None, skip_cls: bool = False, bias: Tensor | None = None
+    ) -> None:
         """Leave a branch [B, S, D] of the present x behind; it is spent. The branch before it has been added.
 
         row_scale: [B] or [B, S], the factors of stochastic depth. skip_cls: row 0 of each clip takes no residual.
+        bias: [D], which the branch still lacks; without autograd alone.
         """
-        self.branch, self.row_scale, self.skip_cls = branch, row_scale, skip_cls
+        self.branch, self.row_scale, self.skip_cls, self.bias = branch, row_scale, skip_cls, bias
+
+    def _complete(self) -> None:
+        """For those who know nothing of `inplace`: the branch has its bias, and nobody will write over either again."""
+        self.memory = None
+        if self.bias is not None:
+            self.branch.add_(self.bias)
+            self.bias = None
 
     def sum(self) -> Tensor:
         """The sum, [B, S, D]; nothing is pending then."""
+        self._complete()
         branch, scale = self.branch, self.row_scale
         if branch is not None:
             if self.skip_cls:
@@ -52,10 +65,11 @@ class Stream:
         """The sum, which becomes x, and its LayerNorm [B, S, D], with what the latter can be made of anew."""
         if not plain(norm, nn.LayerNorm):
             return norm(self.sum()), None
+        self._complete()
         steps, branch, scale = steps_of(self.x, backend), self.branch, self.row_scale
         (weight, bias), eps = weights(norm), norm.eps
         if steps is not None and weight is None and bias is None:  # folded into the product that follows
-            weight, bias = _identity(self.x.shape[2], self.x.dtype, self.x.device)
+            weight, bias = identity(self.x.shape[2], self.x.dtype, self.x.device)
         if steps is None or weight is None or bias is None or weight.dtype not in (self.x.dtype, torch.float32):
             normed = norm(self.sum())
         else:
@@ -69,7 +83,8 @@ class Stream:
 
 
 @lru_cache(maxsize=16)
-def _identity(width: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+def identity(width: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Scale and shift of a LayerNorm that only normalises."""
     with torch.inference_mode(False):
         return torch.ones(width, dtype=dtype, device=device), torch.zeros(width, dtype=dtype, device=device)
 

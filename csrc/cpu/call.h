@@ -68,11 +68,16 @@ TSK_INLINE void fetch_ahead(const TskAttention& a, const Rows<T>& q, const Rows<
   }
 }
 
-// dst [Dp] = x * factor, zero from D on.
+// dst [Dp] = (x + bias) * factor, zero from D on; bias may be null.
 template <class T>
-void pack_row(Compute<T>* dst, const T* x, int64_t D, Compute<T> factor) {
+void pack_row(Compute<T>* dst, const T* x, int64_t D, Compute<T> factor, const T* bias = nullptr) {
   typedef Compute<T> C;
-  for (int64_t d = 0; d < D; d += kWidth<C>) store<C>(dst + d, load_some<T>(x + d, D - d) * factor);
+  constexpr int W = kWidth<C>;
+  if (!bias)
+    for (int64_t d = 0; d < D; d += W) store<C>(dst + d, load_some<T>(x + d, D - d) * factor);
+  else
+    for (int64_t d = 0; d < D; d += W)
+      store<C>(dst + d, (load_some<T>(x + d, D - d) + load_some<T>(bias + d, D - d)) * factor);
 }
 template <class T>
 void store_row(T* dst, const Compute<T>* x, int64_t D, Compute<T> factor) {
@@ -229,6 +234,8 @@ struct Call {
   Rows<T> rows(const TskTensor& x, int64_t b, int64_t h, int64_t token, const int64_t* tokens, bool with_cls) const {
     return {with_cls ? row_of<T>(x, b, h, 0) : nullptr, row_of<T>(x, b, h, token), tokens, x.token};
   }
+
+  const T* q_bias(int64_t h) const { return a.q_bias ? static_cast<const T*>(a.q_bias) + h * D : nullptr; }
 
   int64_t share(int64_t b, int64_t h, int64_t g) const { return ((b * H + h) * G + g) * Dp; }
   C weight(int64_t b, int64_t g) const { return a.cls_weights ? C(a.cls_weights[b * G + g]) : C(1) / C(G); }

@@ -160,6 +160,7 @@ int32_t prepare(const TskAttention* a, Job* job) {
 int32_t run(const TskAttention* a, bool backward) {
   Job job;
   if (int32_t status = prepare(a, &job)) return status;
+  if (backward && a->q_bias) return fail(TSK_INVALID, "q_bias is given to a backward, which has no gradient of it");
   if (a->batch == 0 || a->heads == 0 || a->tokens == 0) return TSK_OK;
   (backward ? current.attention->backward : current.attention->forward)(job);
   return TSK_OK;

@@ -31,7 +31,7 @@ void forward_groups(const Job& job, int64_t worker) {
       const int64_t n = at_most(c.block, c.queries - i0);
       fetch_ahead(a, q_rows, k_rows, v_rows, out_rows, i0, n, c.keys);
       C scale_o[kQueryRows], top;
-      for (int64_t i = 0; i < n; ++i) pack_row<T>(q + i * c.Dp, q_rows(i0 + i), c.D, c.scale);
+      for (int64_t i = 0; i < n; ++i) pack_row<T>(q + i * c.Dp, q_rows(i0 + i), c.D, c.scale, c.q_bias(h));
       gemm<C>(n, c.Kp, c.D, q, c.Dp, 1, kt, c.Kp, s, c.Kp, false);
       for (int64_t i = 0; i < n; ++i) scale_o[i] = softmax_row<C>(s + i * c.Kp, c.keys, &top);
       gemm<C>(n, c.Dp, c.keys, s, c.Kp, 1, v, c.Dp, o, c.Dp, false);
@@ -50,7 +50,7 @@ void forward_groups(const Job& job, int64_t worker) {
 template <class T>
 Compute<T> global_scores(const Call<T>& c, int64_t b, int64_t h, Compute<T>* q, Compute<T>* p, Compute<T>* top) {
   typedef Compute<T> C;
-  pack_row<T>(q, row_of<T>(c.a.q, b, h, 0), c.D, c.scale);
+  pack_row<T>(q, row_of<T>(c.a.q, b, h, 0), c.D, c.scale, c.q_bias(h));
   for (int64_t j = 0; j < c.a.tokens; ++j) p[j] = dot_row<T>(q, row_of<T>(c.a.k, b, h, j), c.D);
   return softmax_row<C>(p, c.a.tokens, top);
 }

@@ -55,7 +55,8 @@ TSK_INLINE Vec<C> sum_lanes(const Vec<C>* acc) {
     return part[0];
 }
 
-// Rows held as C, zero-padded to whole vectors: the tensor itself where it already is that, else a packed copy.
+// Rows held as C, zero-padded to whole vectors: the tensor itself where it already is that, else a packed copy, to
+// which a bias is added.
 template <class C>
 struct Matrix {
   const C* data;
@@ -63,12 +64,13 @@ struct Matrix {
 };
 
 template <class T>
-TSK_INLINE Matrix<Compute<T>> as_matrix(const T* x, int64_t stride, int64_t L, int64_t D, Compute<T>* packed) {
+TSK_INLINE Matrix<Compute<T>> as_matrix(const T* x, int64_t stride, int64_t L, int64_t D, Compute<T>* packed,
+                                        const T* bias = nullptr) {
   typedef Compute<T> C;
   if constexpr (sizeof(T) == sizeof(C))
-    if (D % kWidth<C> == 0) return {reinterpret_cast<const C*>(x), stride};
+    if (D % kWidth<C> == 0 && !bias) return {reinterpret_cast<const C*>(x), stride};
   const int64_t Dp = round_up(D, kWidth<C>);
-  for (int64_t i = 0; i < L; ++i) pack_row<T>(packed + i * Dp, x + i * stride, D, C(1));
+  for (int64_t i = 0; i < L; ++i) pack_row<T>(packed + i * Dp, x + i * stride, D, C(1), bias);
   return {packed, Dp};
 }
 
@@ -183,8 +185,8 @@ void short_groups(const Job& job, int64_t worker, bool backward) {
 
   c.items(worker, [&](int64_t b, int64_t g, int64_t h) {
     const int64_t token = c.group_token(g);
-    const auto matrix = [&](const TskTensor& x, C* copy) {
-      return as_matrix<T>(row_of<T>(x, b, h, token), step * x.token, L, D, copy);
+    const auto matrix = [&](const TskTensor& x, C* copy, const T* bias = nullptr) {
+      return as_matrix<T>(row_of<T>(x, b, h, token), step * x.token, L, D, copy, bias);
     };
     const auto mix_into = [&](const TskTensor& y, const C* w, int64_t row, int64_t col, const Matrix<C>& m) {
       mix<T>(row_of<T>(y, b, h, token), step * y.token, w, row, col, m, L, D, packed[4]);
@@ -204,7 +206,7 @@ void short_groups(const Job& job, int64_t worker, bool backward) {
       claim(a.dv), claim(a.dq), claim(a.dk);
     else
       claim(a.out);
-    const Matrix<C> q = matrix(a.q, packed[0]), k = matrix(a.k, packed[1]), v = matrix(a.v, packed[2]);
+    const Matrix<C> q = matrix(a.q, packed[0], c.q_bias(h)), k = matrix(a.k, packed[1]), v = matrix(a.v, packed[2]);
     dots<C, LQ>(p, q, k, L, Dp);
     softmax_short<C, LQ>(p, L, c.scale);
     if (!backward) return mix_into(a.out, p, LQ, 1, v);

@@ -18,6 +18,7 @@ template <class C>
 struct Workspace {
   int64_t row;       // elements of a row there
   C *weight, *bias;  // [row], zero behind D
+  C* branch_bias;    // likewise
   C* scratch;        // [workers, 2, row]
   C* partial;        // [runs, 2, row]
   int64_t bytes;
@@ -28,9 +29,10 @@ struct Workspace {
     const bool backward = job.step == TSK_ADD_LAYER_NORM_BWD || job.step == TSK_BIAS_GELU_BWD;
     weight = static_cast<C*>(job.c->workspace);
     bias = weight + row;
-    scratch = bias + row;
+    branch_bias = bias + row;
+    scratch = branch_bias + row;
     partial = scratch + job.workers * 2 * row;
-    bytes = (2 + job.workers * 2 + (backward ? job.runs * 2 : 0)) * row * int64_t(sizeof(C));
+    bytes = (3 + job.workers * 2 + (backward ? job.runs * 2 : 0)) * row * int64_t(sizeof(C));
   }
 };
 
@@ -119,7 +121,7 @@ void norm_forward(const StepJob& job, int64_t worker) {
   const Frame<T, U> f(job);
   const int64_t D = f.D;
   C* row = f.w.scratch + worker * 2 * f.w.row;
-  const C *weight = f.w.weight, *bias = f.w.bias;
+  const C *weight = f.w.weight, *bias = f.w.bias, *branch_bias = f.w.branch_bias;
   for (int64_t r = f.first(job.rows, worker); r < f.first(job.rows, worker + 1); ++r) {
     const T* x = f.template row<T>(f.c.x, r);
     T *sum = static_cast<T*>(f.c.sum) + r * D, *out = static_cast<T*>(f.c.out) + r * D;
@@ -127,15 +129,19 @@ void norm_forward(const StepJob& job, int64_t worker) {
     if (f.c.branch.data && !f.skips(r)) {
       const U* branch = f.template row<U>(f.c.branch, r);
       const C scale = f.scale(r);
-      total = sums_over<C>(D, [&](int64_t i, auto how, Sums<C>& s) TSK_FLAT {
-                Vec<C> v = how.load(x + i) + how.load(branch + i) * scale;
-                how.store(sum + i, v);
-                v = rounded(how, sum + i, v);
-                how.store(row + i, v);
-                s.first += v;
-              }).first;
+      const auto add = [&](int64_t i, auto how, Sums<C>& s, Vec<C> b) TSK_FLAT {
+        Vec<C> v = how.load(x + i) + b * scale;
+        how.store(sum + i, v);
+        v = rounded(how, sum + i, v);
+        how.store(row + i, v);
+        s.first += v;
+      };
+      const auto plain = [&](int64_t i, auto how, Sums<C>& s) TSK_FLAT { add(i, how, s, how.load(branch + i)); };
+      const auto biased = [&](int64_t i, auto how, Sums<C>& s)
+                              TSK_FLAT { add(i, how, s, how.load(branch + i) + how.load(branch_bias + i)); };
+      total = (f.c.branch_bias ? sums_over<C>(D, biased) : sums_over<C>(D, plain)).first;
     } else {
-      if (f.c.branch.data) memcpy(sum, x, D * sizeof(T));
+      if (f.c.branch.data && sum != x) memcpy(sum, x, D * sizeof(T));
       total = sums_over<C>(D, [&](int64_t i, auto how, Sums<C>& s) TSK_FLAT {
                 const Vec<C> v = how.load(x + i);
                 how.store(row + i, v);
@@ -283,6 +289,7 @@ void run_as(const StepJob& job, T*, U*) {
   const TskStepCall& c = *job.c;
   const bool norm = job.step <= TSK_ADD_LAYER_NORM_BWD;
   if (norm) widen<T>(job, c.weight, c.weight_dtype, w.weight);
+  if (norm && c.branch_bias) widen<T>(job, c.branch_bias, c.dtype, w.branch_bias);
   if (job.step != TSK_ADD_LAYER_NORM_BWD) widen<T>(job, c.bias, c.bias_dtype, w.bias);
   switch (job.step) {
     case TSK_ADD_LAYER_NORM_FWD:

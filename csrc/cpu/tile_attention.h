@@ -19,6 +19,14 @@ inline void pack_as_stored(BFloat16* to, int64_t row, const Rows<BFloat16>& from
   memset(to + n * row, 0, (rows - n) * row * sizeof(BFloat16));
 }
 
+// The first n rows of q [n, row] with the bias of a head added, rounded once more.
+inline void add_bias(BFloat16* q, int64_t row, int64_t n, const BFloat16* bias, int64_t D) {
+  if (!bias) return;
+  for (int64_t i = 0; i < n; ++i)
+    for (int64_t d = 0; d < D; d += kWidth<float>)
+      store_some(q + i * row + d, load_some(q + i * row + d, D - d) + load_some(bias + d, D - d), D - d);
+}
+
 // The maximum of scale * s [n, padded].
 inline float scaled_maximum(const float* s, int64_t n, float scale) {
   const int64_t last = (n - 1) / kTile * kTile;
@@ -75,6 +83,7 @@ inline void tile_forward(const Job& job, int64_t worker) {
       fetch_ahead(a, q_rows, k_rows, v_rows, out_rows, i0, n, c.keys);
       float scale_o[TileSizes::kRows];
       pack_as_stored(q, t.depth_dim, q_rows, i0, n, whole, c.D);
+      add_bias(q, t.depth_dim, n, c.q_bias(h), c.D);
       tile_gemm(whole, t.keys, t.depth_dim, q, t.depth_dim, kt, t.keys, s, t.keys, false);
       for (int64_t i = 0; i < n; ++i)
         scale_o[i] = softmax_to(p + i * t.depth_keys, s + i * t.keys, c.keys, t.depth_keys, c.scale);

@@ -40,6 +40,7 @@ bool take(Tensor* to, const TskTensor& from) {
 int32_t check_sizes(const TskAttention& a) {
   if (a.dtype < TSK_F32 || a.dtype > TSK_F16) return fail(TSK_INVALID, "no kernel for dtype code %d", int(a.dtype));
   if (a.cls < TSK_CLS_NONE || a.cls > TSK_CLS_GLOBAL) return fail(TSK_INVALID, "cls code %d is unknown", int(a.cls));
+  if (a.q_bias) return fail(TSK_INVALID, "q_bias is given, which these kernels do not add");
   if (a.batch < 0 || a.heads < 0 || a.tokens < 0 || !fits(a.batch) || !fits(a.heads) || !fits(a.tokens))
     return fail(TSK_INVALID, "sizes are out of range: batch %lld, tokens %lld, heads %lld", (long long)a.batch,
                 (long long)a.tokens, (long long)a.heads);

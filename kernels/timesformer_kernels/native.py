@@ -17,16 +17,16 @@ import torch
 
 from .grid import View
 
-ABI_VERSION = 3
+ABI_VERSION = 4
 MAX_AXES = 3
 HERE = Path(__file__).parent
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 CLS_CODES = {"none": 0, "exclude": 1, "per_group": 2, "key": 3, "global": 4}
 
 # struct TskAttention, field for field: eight tensors {pointer, strides of batch, token, head}; groups and sequence,
-# MAX_AXES pairs {size, step} each; batch, tokens, heads, head_dim; scale; cls_weights, workspace, stats, max_threads;
-# dtype and cls codes.
-_PARAMS = struct.Struct("32q" + f"{4 * MAX_AXES}q" + "4q" + "d" + "4q" + "2i")
+# MAX_AXES pairs {size, step} each; batch, tokens, heads, head_dim; scale; cls_weights, q_bias, workspace, stats,
+# max_threads; dtype and cls codes.
+_PARAMS = struct.Struct("32q" + f"{4 * MAX_AXES}q" + "4q" + "d" + "5q" + "2i")
 _NO_TENSOR = (0, 0, 0, 0)
 
 
@@ -114,8 +114,8 @@ def _view_numbers(view: View, dtype: torch.dtype) -> tuple[tuple[int, ...], tupl
     return tuple(n for pair in pairs for n in pair), (DTYPE_CODES[dtype], CLS_CODES[view.cls])
 
 
-def params(tensors, shape, dtype, view, scale, weights, workspace, stats, threads) -> bytes:
-    """struct TskAttention. tensors: q, k, v, out, dout, dq, dk, dv, or None; weights, workspace, stats: addresses."""
+def params(tensors, shape, dtype, view, scale, weights, q_bias, workspace, stats, threads) -> bytes:
+    """struct TskAttention. tensors: q, k, v, out, dout, dq, dk, dv, or None. weights to stats: addresses."""
     axes, codes = _view_numbers(view, dtype)
     numbers = []
     for x in tensors:
@@ -124,12 +124,12 @@ def params(tensors, shape, dtype, view, scale, weights, workspace, stats, thread
         else:
             batch, token, head, _ = x.stride()
             numbers += (x.data_ptr(), batch, token, head)
-    return _PARAMS.pack(*numbers, *axes, *shape, scale, weights, workspace, stats, threads, *codes)
+    return _PARAMS.pack(*numbers, *axes, *shape, scale, weights, q_bias, workspace, stats, threads, *codes)
 
 
 @lru_cache(maxsize=4096)
 def _workspace_bytes(shape, dtype, view, threads, backward: bool) -> int:
-    empty = params([None] * 8, shape, dtype, view, 1.0, 0, 0, 0, threads)
+    empty = params([None] * 8, shape, dtype, view, 1.0, 0, 0, 0, 0, threads)
     return _checked(_loaded().tsk_attn_workspace(empty, backward))
 
 
@@ -139,17 +139,18 @@ def _checked(status: int) -> int:
     return status
 
 
-def attention(q, k, v, out, view, scale, cls_weights, grads=None) -> None:
+def attention(q, k, v, out, view, scale, cls_weights, grads=None, q_bias=None) -> None:
     """Run the forward, which fills out, or with grads = (dout, dq, dk, dv) the backward, which fills the last three.
 
-    q, k, v, out and the gradients are plain CPU tensors [B, S, H, D] of one dtype with a unit last stride.
+    q, k, v, out and the gradients are plain CPU tensors [B, S, H, D] of one dtype with a unit last stride. The forward
+    adds q_bias [H, D], contiguous and of that dtype, to every query.
     """
     lib = _loaded()
     shape, dtype, threads = q.shape, q.dtype, torch.get_num_threads()
     nbytes = _workspace_bytes(shape, dtype, view, threads, grads is not None)
     workspace = q.new_empty(nbytes + 64, dtype=torch.uint8)
     start = -(-workspace.data_ptr() // 64) * 64
-    weights = 0 if cls_weights is None else cls_weights.data_ptr()
+    weights, bias = (0 if x is None else x.data_ptr() for x in (cls_weights, q_bias))
     tensors = (q, k, v, out, *(grads or (None,) * 4))
-    call = params(tensors, shape, dtype, view, scale, weights, start, 0, threads)
+    call = params(tensors, shape, dtype, view, scale, weights, bias, start, 0, threads)
     _checked(lib.tsk_attn_fwd(call) if grads is None else lib.tsk_attn_bwd(call))

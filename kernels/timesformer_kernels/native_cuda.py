@@ -71,7 +71,7 @@ def where(x: Tensor) -> tuple[int, int]:
 
 def _call(tensors, view: View, scale: float, weights: int, workspace: int, stats: int) -> bytes:
     q = tensors[0]
-    return native.params(tensors, q.shape, q.dtype, view, scale, weights, workspace, stats, 1)
+    return native.params(tensors, q.shape, q.dtype, view, scale, weights, 0, workspace, stats, 1)
 
 
 def regime(q, k, v, out, view: View, stats=None, grads=None, scale: float = 1.0) -> str:

@@ -15,9 +15,9 @@ from .native import DTYPE_CODES
 ADD_LAYER_NORM_FWD, ADD_LAYER_NORM_BWD, BIAS_GELU_FWD, BIAS_GELU_BWD = range(4)  # enum TskStep
 
 # struct TskStepCall, field for field: x, branch, dout, dsum as {pointer, strides of batch and token}; weight, bias,
-# row_scale, its two strides; sum, out, dx, dbranch, dweight, dbias; workspace; eps; batch, tokens, dim, max_threads;
-# codes of the dtypes of rows, branch, weight and bias; skip_cls; padding.
-_CALL = struct.Struct("12q" + "5q" + "6q" + "q" + "d" + "4q" + "6i")
+# branch_bias, row_scale, its two strides; sum, out, dx, dbranch, dweight, dbias; workspace; eps; batch, tokens, dim,
+# max_threads; codes of the dtypes of rows, branch, weight and bias; skip_cls; padding.
+_CALL = struct.Struct("12q" + "6q" + "6q" + "q" + "d" + "4q" + "6i")
 _NO_ROWS = (0, 0, 0)
 
 
@@ -62,6 +62,7 @@ def run(
     dsum=None,
     weight=None,
     bias=None,
+    branch_bias=None,
     row_scale=None,
     total=None,
     out=None,
@@ -74,8 +75,8 @@ def run(
 ) -> None:
     """Run one of the steps above on plain CPU tensors, which fills its results.
 
-    x, branch, dout, dsum: [B, S, D] with a unit last stride; vectors [D] and results contiguous. Raises RuntimeError
-    where the library is missing or refuses the call.
+    x, branch, dout, dsum: [B, S, D] with a unit last stride; vectors [D] and results contiguous, branch_bias in the
+    dtype of x. Raises RuntimeError where the library is missing or refuses the call.
     """
     lib, reason = library()
     if lib is None:
@@ -88,8 +89,8 @@ def run(
     workspace = x.new_empty(nbytes + 64, dtype=torch.uint8)
     call = _CALL.pack(
         *_rows(x), *_rows(branch), *_rows(dout), *_rows(dsum),
-        _address(weight), _address(bias), *_scale(row_scale), _address(total), _address(out), _address(dx),
-        _address(dbranch), _address(dweight), _address(dbias),
+        _address(weight), _address(bias), _address(branch_bias), *_scale(row_scale), _address(total), _address(out),
+        _address(dx), _address(dbranch), _address(dweight), _address(dbias),
         -(-workspace.data_ptr() // 64) * 64, eps, *shape, threads, *codes, skip_cls, 0,
     )  # fmt: skip
     _check(lib, lib.tsk_step_run(call, step))
@@ -98,7 +99,7 @@ def run(
 @lru_cache(maxsize=4096)
 def _workspace_bytes(step: int, shape: torch.Size, threads: int, codes: tuple[int, ...]) -> int:
     lib = library()[0]
-    return _check(lib, lib.tsk_step_workspace(_CALL.pack(*[0] * 24, 0.0, *shape, threads, *codes, 0, 0), step))
+    return _check(lib, lib.tsk_step_workspace(_CALL.pack(*[0] * 25, 0.0, *shape, threads, *codes, 0, 0), step))
 
 
 def _check(lib, status: int) -> int:

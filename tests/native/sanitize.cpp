@@ -2,8 +2,8 @@
 // Runs the exported C functions under AddressSanitizer and UBSan. Every tensor is a heap block of exactly its size, so
 // a load or store one element outside is an error. Built and fed by tests/test_memory_safety.py; one case per input
 // line:
-//     attention dtype cls weights batch tokens heads head_dim  (size step) x 3 groups  (size step) x 3 sequence
-//     steps dtype branch_dtype vector_dtype batch tokens dim skip_cls scaled
+//     attention dtype cls weights q_bias batch tokens heads head_dim  (size step) x 3 groups  (size step) x 3 sequence
+//     steps dtype branch_dtype vector_dtype batch tokens dim skip_cls scaled_and_biased
 // Exit code 0 when every result is finite; a sanitizer ends the process with its own report.
 #include <cmath>
 #include <cstdio>
@@ -74,8 +74,8 @@ bool finite(int32_t dtype, const Block& block, int64_t n) {
 
 int run_attention(std::istringstream& in) {
   TskAttention a = {};
-  int weights;
-  in >> a.dtype >> a.cls >> weights >> a.batch >> a.tokens >> a.heads >> a.head_dim;
+  int weights, biased;
+  in >> a.dtype >> a.cls >> weights >> biased >> a.batch >> a.tokens >> a.heads >> a.head_dim;
   int64_t groups = 1;
   for (auto* axes : {a.groups, a.sequence})
     for (int i = 0; i < TSK_MAX_AXES; ++i) in >> axes[i].size >> axes[i].step;
@@ -98,7 +98,10 @@ int run_attention(std::istringstream& in) {
   Block class_weights = make(TSK_F32, a.batch * groups, true);
   if (weights) a.cls_weights = static_cast<const float*>(class_weights.get());
 
+  Block q_bias = make(a.dtype, row, true);
+
   for (int backward = 0; backward < 2; ++backward) {
+    a.q_bias = biased && !backward ? q_bias.get() : nullptr;
     const int64_t bytes = tsk_attn_workspace(&a, backward);
     if (bytes < 0) return std::fprintf(stderr, "workspace: %s\n", tsk_last_error()), 1;
     void* memory = nullptr;
@@ -128,6 +131,7 @@ int run_steps(std::istringstream& in) {
   const int64_t step = c.dim + 3, wide = rows * step - 3;
   Block x = make(c.dtype, wide, true), branch = make(c.branch_dtype, wide, true), dout = make(c.dtype, wide, true);
   Block weight = make(vectors, c.dim, true), bias = make(vectors, c.dim, true), scale = make(TSK_F32, rows, true);
+  Block branch_bias = make(c.dtype, c.dim, true);
   Block results[] = {make(c.dtype, n, false), make(c.dtype, n, false), make(c.dtype, n, false),
                      make(c.dtype, n, false)};
   Block dbranch = make(c.branch_dtype, n, false);
@@ -138,7 +142,7 @@ int run_steps(std::istringstream& in) {
     c.dout = c.dsum = {dout.get(), c.tokens * step, step};
     c.weight = weight.get();
     c.bias = bias.get();
-    if (scaled) c.row_scale = static_cast<const float*>(scale.get());
+    if (scaled) c.row_scale = static_cast<const float*>(scale.get()), c.branch_bias = branch_bias.get();
     c.scale_batch = c.tokens;
     c.scale_token = 1;
     c.sum = results[0].get();

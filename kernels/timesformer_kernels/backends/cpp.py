@@ -10,9 +10,10 @@ from ..mounting import fresh
 from ..registry import Backend
 
 
-def forward(q, k, v, view, scale, cls_weights, stats=None):
-    out = fresh(q)
-    native.attention(q, k, v, out, view, scale, _dense(cls_weights))
+def forward(q, k, v, view, scale, cls_weights, stats=None, *, out=None, q_bias=None):
+    """out: where the result goes, contiguous. q_bias [H, D], contiguous, in the dtype of q: added to every query."""
+    out = fresh(q) if out is None else out
+    native.attention(q, k, v, out, view, scale, _dense(cls_weights), q_bias=q_bias)
     return out
 
 

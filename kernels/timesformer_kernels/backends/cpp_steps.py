@@ -12,11 +12,19 @@ from .. import native_steps as native
 from ..mounting import fresh
 
 
-def add_layer_norm_fwd(x, branch, weight, bias, row_scale, eps: float, skip_cls: bool):
-    """-> (sum [B, S, D], None without a branch; normed [B, S, D]), in the dtype of x."""
-    total, out = None if branch is None else fresh(x), fresh(x)
-    operands = dict(branch=branch, weight=weight, bias=bias, row_scale=row_scale, eps=eps, skip_cls=skip_cls)
-    native.run(native.ADD_LAYER_NORM_FWD, x, total=total, out=out, **operands)
+def add_layer_norm_fwd(
+    x, branch, weight, bias, row_scale, eps: float, skip_cls: bool, *, branch_bias=None, total=None, out=None
+):
+    """-> (sum [B, S, D], None without a branch; normed [B, S, D]), in the dtype of x.
+
+    branch_bias [D], in the dtype of x: added to every row of the branch. total, out: where the results go, contiguous;
+    total may be x, and out x or branch.
+    """
+    if branch is not None and total is None:
+        total = fresh(x)
+    out = fresh(x) if out is None else out
+    operands = dict(branch=branch, weight=weight, bias=bias, branch_bias=branch_bias, row_scale=row_scale)
+    native.run(native.ADD_LAYER_NORM_FWD, x, total=total, out=out, eps=eps, skip_cls=skip_cls, **operands)
     return total, out
 
 
@@ -33,9 +41,9 @@ def add_layer_norm_bwd(dsum, dnormed, total, weight, row_scale, eps: float, skip
     return dx, dbranch, dweight, dbias
 
 
-def bias_gelu_fwd(x, bias):
-    """x [B, S, D] -> out [B, S, D]."""
-    out = fresh(x)
+def bias_gelu_fwd(x, bias, *, out=None):
+    """x [B, S, D] -> out [B, S, D]: fresh memory, or what is given, which may be x."""
+    out = fresh(x) if out is None else out
     native.run(native.BIAS_GELU_FWD, x, bias=bias, out=out)
     return out
 
