@@ -7,6 +7,8 @@ QUERIES = ("tests/test_inplace.py", "-k", "query_bias")
 STEP = ("tests/test_inplace.py", "-k", "branch_bias or over_operands")
 BLOCKS = ("tests/test_inplace.py", "-k", "logits or parts or hold or written or memory or backend or serve")
 CALL, SHORT, FORWARD, STEPS = (f"csrc/cpu/{name}" for name in ("call.h", "short.h", "forward.h", "steps.cpp"))
+ROW = ("tests/test_class_row.py",)
+CLASS_ROW, MODULE = "timesformer/class_row.py", "timesformer/attention.py"
 INPLACE, STREAM, FOLDING = (f"timesformer/{name}.py" for name in ("inplace", "stream", "folding"))
 
 MUTANTS = [
@@ -105,4 +107,43 @@ MUTANTS = [
         "stream: what it gave away is written", STREAM, "        self.memory = None\n        if", "        if", BLOCKS
     ),
     Mutant("fuse: the backend of that time", FOLDING, "self._form.backend = block.backend", "pass", BLOCKS),
+    # The class row alone
+    Mutant(
+        "class row: groups and places swapped",
+        CLASS_ROW,
+        "unflatten(1, (-1, groups))",
+        "unflatten(1, (groups, -1)).mT.mT.transpose(1, 2)",
+        ROW,
+    ),
+    Mutant("class row: counted once", CLASS_ROW, "p[:, :1].sum(2)", "p[:, :1].mean(2)", ROW),
+    Mutant(
+        "class row: no key of a group",
+        CLASS_ROW,
+        "own.expand(-1, 1, groups, -1)",
+        "own.expand(-1, 1, groups, -1) - 1e9",
+        ROW,
+    ),
+    Mutant("class row: the mean for a weighted sum", CLASS_ROW, "if cls_weights is None else", "if True else", ROW),
+    Mutant("class row: the query's bias lost", CLASS_ROW, "if q_bias is not None", "if False", ROW),
+    Mutant("class row: the value's bias lost", CLASS_ROW, "if v_bias is not None", "if False", ROW),
+    Mutant("class row: the value's bias unweighted", CLASS_ROW, "* shares.sum(1, keepdim=True)", "", ROW),
+    Mutant("class row: scores in 16 bits", CLASS_ROW, "torch.promote_types(z.dtype, torch.float32)", "z.dtype", ROW),
+    Mutant(
+        "class row: under a hook", MODULE, 'backend != "reference" and plain(self.qkv)', 'backend != "reference"', ROW
+    ),
+    Mutant(
+        "class row: under autocast",
+        MODULE,
+        'x.device.type != "cpu" or torch.is_autocast_enabled("cpu")',
+        'x.device.type != "cpu"',
+        ROW,
+    ),
+    Mutant("class row: on the reference", MODULE, 'backend != "reference" and plain(self.qkv)', "plain(self.qkv)", ROW),
+    Mutant(
+        "class row: joint attention by frames",
+        MODULE,
+        'groups=frames if scheme == "space" else 1',
+        "groups=frames",
+        ("tests/test_model.py",),
+    ),
 ]

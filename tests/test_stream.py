@@ -113,6 +113,8 @@ def test_training_takes_the_fused_steps(counted, generator, mode, again):
     model = model_on(name, generator, drop_path_rate=0.5, checkpoint=mode).train()
     model(video_on(name, generator)).sum().backward()
     forward = {field: count + more for (field, count), more in zip(FORWARD.items(), again, strict=True)}
+    if mode != "full" and device_of(name) == "cpu":  # what the class row's query of the last block reads is kept
+        forward["add_layer_norm_fwd"] -= 1
     assert calls == {**forward, **BACKWARD}
 
 

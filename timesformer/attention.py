@@ -8,6 +8,8 @@ attention, and its outputs of the frames are averaged in space attention.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,6 +18,7 @@ from timesformer_kernels import grid_attention_qkvpacked
 from timesformer_kernels.backends import reference
 from timesformer_kernels.grid import view
 
+from . import class_row
 from .folding import fold
 from .layers import DropPath, plain
 from .recompute import Source, linear, segment
@@ -71,6 +74,9 @@ class Attention(nn.Module):
             out = self._with_dropout(x, scheme, frames, cls, backend, cls_weights)
             return out[:, :1] if class_row_only else out
         step = scheme, frames, cls, backend, cls_weights
+        if class_row_only and self._serves_class_row(x, cls, backend):
+            run = partial(self._class_row, groups=frames if scheme == "space" else 1, cls_weights=cls_weights)
+            return linear(self.proj, segment(light, run, x), None)
         qkv = self.packed(x, source)
         if light:
             return segment(light, lambda qkv: self.proj(self._rows(qkv, step, class_row_only)), qkv)
@@ -79,6 +85,18 @@ class Attention(nn.Module):
     def _rows(self, qkv: Tensor, step: tuple, class_row_only: bool) -> Tensor:
         out = self.attend(qkv, *step)
         return out[:, :1] if class_row_only else out
+
+    def _serves_class_row(self, x: Tensor, cls: str, backend: str) -> bool:
+        """Whether the class row is served without a key or a value: on a CPU, where arithmetic is all that counts, and
+        not under autocast, which would round the scores. The reference stays as the paper has it."""
+        if x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+            return False
+        return cls == "per_group" and backend != "reference" and plain(self.qkv)
+
+    def _class_row(self, x: Tensor, groups: int, cls_weights: Tensor | None) -> Tensor:
+        q_bias, _, v_bias = (None,) * 3 if self.qkv.bias is None else self.qkv.bias.chunk(3)
+        options = dict(heads=self.num_heads, scale=self.scale, groups=groups, cls_weights=cls_weights)
+        return class_row.attend(x, self.qkv.weight, q_bias, v_bias, **options)[:, None]
 
     @property
     def drops(self) -> bool:

@@ -29,6 +29,7 @@ from timesformer_kernels import fused, registry
 from timesformer_kernels.grid import view
 from timesformer_kernels.mounting import needs_op
 
+from . import class_row
 from .layers import steps_of
 from .stream import Stream, identity
 
@@ -111,12 +112,14 @@ class InPlace:
         """As the block's own `run`: the last branch is left pending, with its bias."""
         for step in self.steps:
             memory = self._norm(stream, step.eps)
-            self._attend(memory, step, frames)
             n, x = memory.n, stream.x
             if class_row_only and step is self.steps[-1]:
-                branch = (n[:, 0] @ step.proj)[:, None]
+                options = dict(heads=step.heads, scale=step.scale, groups=1 if step.scheme == "joint" else frames)
+                row = class_row.attend(n, step.qkv.t(), step.q_bias, None, **options)
+                branch = (row @ step.proj)[:, None]
                 stream.x, stream.memory = x[:, :1], None  # the rest has other memory
             else:
+                self._attend(memory, step, frames)
                 out = memory.wide(x.shape[0] * x.shape[1], x.shape[2])
                 branch = torch.mm(n.flatten(0, 1), step.proj, out=out).view(x.shape)
             stream.add(branch, skip_cls=step.cls == "exclude", bias=step.bias)
