@@ -87,7 +87,7 @@ MUTANTS = [
     Mutant(
         "in place: parts larger than the memory",
         INPLACE,
-        "parts, steps = -(-len(rows) // memory.most)",
+        "parts, steps = max(1, -(-len(rows) // memory.most))",
         "parts, steps = max(1, len(rows) // memory.most // 2)",
         BLOCKS,
     ),

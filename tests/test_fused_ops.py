@@ -255,7 +255,7 @@ def test_bad_calls_are_refused_by_the_library(change, message):
     n = {"dim": 4, "threads": 1, "code": 0, "branch": 0, "weight": 0, "bias": 0, "step": 0, **change}
     sizes = 1, 1, n["dim"], n["threads"]
     codes = n["code"], n["branch"], n["weight"], n["bias"], 0, 0
-    call, lib = native_steps._CALL.pack(*[0] * 24, 1e-6, *sizes, *codes), native_steps.library()[0]
+    call, lib = native_steps._CALL.pack(*[0] * 25, 1e-6, *sizes, *codes), native_steps.library()[0]
     with pytest.raises(RuntimeError, match=message):
         native_steps._check(lib, lib.tsk_step_run(call, n["step"]))
     assert lib.tsk_step_workspace(call, n["step"]) < 0

@@ -45,7 +45,7 @@ class Memory:
         rows = batch * tokens
         self.x = torch.empty(like.shape, dtype=like.dtype)
         self.n = torch.empty(like.shape, dtype=like.dtype)
-        self.most = rows if rows <= ROWS else max(ROWS, rows * 3 * dim // hidden)
+        self.most = max(1, rows if rows <= ROWS else max(ROWS, rows * 3 * dim // hidden))
         self.w = torch.empty(max(rows * 3 * dim, self.most * hidden), dtype=like.dtype)
 
     def wide(self, rows: int, width: int) -> Tensor:
@@ -148,7 +148,7 @@ class InPlace:
         n = memory.n
         batch, tokens, dim = n.shape
         packed = torch.mm(n.flatten(0, 1), step.qkv, out=memory.wide(batch * tokens, 3 * dim))
-        q, k, v = packed.view(batch, tokens, 3, step.heads, -1).unbind(2)
+        q, k, v = packed.view(batch, tokens, 3, step.heads, dim // step.heads).unbind(2)
         grid = (tokens - int(step.cls != "none")) // frames, 1, frames
         shown = view(step.scheme, grid, step.cls, "space_major")
         registry.get("cpp").forward(q, k, v, shown, step.scale, None, out=n.view(q.shape), q_bias=step.q_bias)
@@ -156,8 +156,8 @@ class InPlace:
     def _mlp(self, memory: Memory) -> None:
         """n becomes fc2(GELU(fc1(n))), but for fc2's bias."""
         rows = memory.n.flatten(0, 1)
-        parts, steps = -(-len(rows) // memory.most), self._steps()
-        for part in rows.split(-(-len(rows) // parts)):  # of equal size
+        parts, steps = max(1, -(-len(rows) // memory.most)), self._steps()
+        for part in rows.tensor_split(parts):  # of equal size, or one row less
             hidden = torch.mm(part, self.fc1, out=memory.wide(len(part), self.fc1.shape[1]))
             steps.bias_gelu_fwd(hidden[None], self.fc1_bias, out=hidden[None])
             torch.mm(hidden, self.fc2, out=part)
