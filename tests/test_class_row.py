@@ -10,7 +10,7 @@ from oracle import Case, assert_no_worse, with_weights
 from torch.profiler import profile
 
 from timesformer import DividedSTAttention, TimeSformer
-from timesformer.attention import Attention
+from timesformer.attention import Attention, JointSTAttention
 from timesformer.class_row import attend
 
 HEADS, DIM = 3, 24
@@ -137,3 +137,10 @@ def test_training_with_and_without(generator, monkeypatch, mode, rate):
         results.append([out, *torch.autograd.grad(out, [leaf, *module.parameters()], dout)])
     for got, wanted in zip(*results, strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-11)
+
+
+def test_a_named_backend_that_cannot_run_raises():
+    """Although no kernel of it would be called."""
+    module, x = JointSTAttention(16, 2, backend="cuda").eval(), torch.zeros(1, 9, 16)
+    with torch.no_grad(), pytest.raises(RuntimeError, match="backend 'cuda' cannot run"):
+        module(x, 2, class_row_only=True)

@@ -270,3 +270,13 @@ def test_where_it_does_not_serve(generator, runs):
         assert not runs and "timesformer_kernels::attn_fwd" in recorder.seen
         model(video)
     assert len(runs) == 2
+
+
+def test_memory_lies_where_the_clip_does(generator, runs):
+    """Whatever the default device is."""
+    model, video = make(generator).fuse(), clip(generator)
+    with torch.no_grad():
+        exact = model(video)
+        with torch.device("meta"):
+            got = model(video)
+    assert torch.equal(got, exact) and len(runs) == 4

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from timesformer_kernels import grid_attention_qkvpacked
 from timesformer_kernels.backends import reference
 from timesformer_kernels.grid import view
+from timesformer_kernels.registry import resolve
 
 from . import class_row
 from .folding import fold
@@ -91,6 +92,8 @@ class Attention(nn.Module):
         not under autocast, which would round the scores. The reference stays as the paper has it."""
         if x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
             return False
+        if not torch.compiler.is_compiling():
+            resolve(backend, x.device, x.dtype, self.head_dim)  # a named backend that cannot run raises here, too
         return cls == "per_group" and backend != "reference" and plain(self.qkv)
 
     def _class_row(self, x: Tensor, groups: int, cls_weights: Tensor | None) -> Tensor:

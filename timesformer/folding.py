@@ -71,7 +71,7 @@ class Folded:
         self._make(block)
 
     def _make(self, block: nn.Module) -> None:
-        self._parts, self._form = [_part(m) for m in block.modules()], None
+        self._parts, self._form, self._in_place = [_part(m) for m in block.modules()], None, None
         if refusal(block) is None:
             with torch.no_grad():
                 self._form = _form(block)

@@ -2,11 +2,11 @@
 """A folded block on a CPU, in memory taken once per forward and without a pass of its own for any bias.
 
 A product with a bias writes that bias into every row of its result first, and a result in fresh memory is cleared by
-the system before: together a tenth of a forward. Here three tensors serve all blocks,
+the system before. Here three tensors serve all blocks,
 
     x   [B, S, D]        the residual stream
     n   [B, S, D]        what a step reads: normalised rows, then the attention output
-    w   [B * S * 3 D]    what a product of n gives: q, k and v, then the projection; or the hidden activations
+    w   [>= B * S * 3 D] what a product of n gives: q, k and v, then the projection; or the hidden activations
 
 and every bias is where it costs nothing. In real arithmetic
 
@@ -43,10 +43,9 @@ class Memory:
     def __init__(self, like: Tensor, hidden: int):
         batch, tokens, dim = like.shape
         rows = batch * tokens
-        self.x = torch.empty(like.shape, dtype=like.dtype)
-        self.n = torch.empty(like.shape, dtype=like.dtype)
+        self.x, self.n = like.new_empty(like.shape), like.new_empty(like.shape)
         self.most = max(1, rows if rows <= ROWS else max(ROWS, rows * 3 * dim // hidden))
-        self.w = torch.empty(max(rows * 3 * dim, self.most * hidden), dtype=like.dtype)
+        self.w = like.new_empty(max(rows * 3 * dim, self.most * hidden))
 
     def wide(self, rows: int, width: int) -> Tensor:
         """w as [rows, width]"""

@@ -89,7 +89,8 @@ class TimeSformer(nn.Module):
     ratio (7 x 28 for 14 x 14) as it lies; here it is resized too.
 
     The logits need nothing but the class row of the last block, so that block projects and passes through its MLP that
-    row alone and returns [B, 1, dim]; not when a forward hook in it would see the difference.
+    row alone and returns [B, 1, dim]; not when a forward hook in it would see the difference. On a CPU that row attends
+    without keys and values (`class_row`).
 
     checkpoint: "none", "light" or "full", what training keeps in memory; see `set_checkpoint`.
 

@@ -11,8 +11,8 @@ kernel can save. Its shapes are those of our unfused model, S = 1 + N*T rows a c
     head                       [1, D] x [D, classes]
 
 Ours needs fewer: it applies proj and temporal_fc of time as one product, which `fuse` keeps for inference, and the last
-block passes only the class row on. A ratio below 1 is therefore possible. What `fuse` keeps are weights: no row counts
-them in its peak.
+block passes only the class row on, on a CPU without a key or a value. A ratio below 1 is therefore possible. What
+`fuse` keeps are weights: no row counts them in its peak.
 """
 
 from __future__ import annotations
